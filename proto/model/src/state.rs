@@ -1,0 +1,125 @@
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as MapEntry;
+use std::sync::Arc;
+
+use crate::{Digest, EndpointSet, Key, Resource, Service, ServiceKey, Version};
+
+/// A set of resources, by Service, with its digest kept up to date: what a node holds and
+/// what a view is made of. A change costs what it touches, never the size of the state.
+#[derive(Debug, Clone, Default)]
+pub struct State {
+    entries: HashMap<ServiceKey, Entry>,
+    digest: Digest,
+    resources: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Entry {
+    service: Option<(Version, Arc<Service>)>,
+    /// Sorted by slice name.
+    sets: Vec<(Version, Arc<EndpointSet>)>,
+}
+
+impl State {
+    /// The Service, if the state has it. A state can hold endpoints of a Service it does not have.
+    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
+        Some(&self.entries.get(key)?.service.as_ref()?.1)
+    }
+
+    /// Endpoint sets of a Service, sorted by slice name.
+    pub fn endpoint_sets(&self, key: &ServiceKey) -> impl Iterator<Item = &Arc<EndpointSet>> {
+        self.entries.get(key).into_iter().flat_map(|entry| &entry.sets).map(|(_, set)| set)
+    }
+
+    /// Every Service that has a resource of any kind, in no order.
+    pub fn service_keys(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.entries.keys()
+    }
+
+    /// Every resource, in no order.
+    pub fn resources(&self) -> impl Iterator<Item = (Version, Resource)> {
+        self.entries.values().flat_map(|entry| {
+            let service = entry.service.iter().map(|(version, it)| (*version, Resource::Service(it.clone())));
+            service.chain(entry.sets.iter().map(|(version, it)| (*version, Resource::EndpointSet(it.clone()))))
+        })
+    }
+
+    /// A resource with its version.
+    pub fn get(&self, key: &Key) -> Option<(Version, Resource)> {
+        let entry = self.entries.get(key.service())?;
+        match key {
+            Key::Service(_) => {
+                entry.service.as_ref().map(|(version, it)| (*version, Resource::Service(it.clone())))
+            }
+            Key::EndpointSet(key) => {
+                let at = entry.find(&key.slice).ok()?;
+                let (version, set) = &entry.sets[at];
+                Some((*version, Resource::EndpointSet(set.clone())))
+            }
+        }
+    }
+
+    /// Digest over everything held.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Number of resources.
+    pub fn len(&self) -> u64 {
+        self.resources
+    }
+
+    /// True where nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.resources == 0
+    }
+
+    /// Puts a resource in, in place of the one with its key. False where that one had the
+    /// same version: nothing changed.
+    pub fn upsert(&mut self, version: Version, resource: Resource) -> bool {
+        let key = resource.key();
+        let entry = self.entries.entry(key.service().clone()).or_default();
+        let old = match resource {
+            Resource::Service(service) => {
+                entry.service.replace((version, service)).map(|(version, _)| version)
+            }
+            Resource::EndpointSet(set) => match entry.find(&set.key.slice) {
+                Ok(at) => Some(std::mem::replace(&mut entry.sets[at], (version, set)).0),
+                Err(at) => {
+                    entry.sets.insert(at, (version, set));
+                    None
+                }
+            },
+        };
+        match old {
+            Some(old) if old == version => return false,
+            Some(old) => self.digest.remove(&key, old),
+            None => self.resources += 1,
+        }
+        self.digest.add(&key, version);
+        true
+    }
+
+    /// Takes a resource out. False where the state does not have it.
+    pub fn remove(&mut self, key: &Key) -> bool {
+        let MapEntry::Occupied(mut occupied) = self.entries.entry(key.service().clone()) else { return false };
+        let entry = occupied.get_mut();
+        let old = match key {
+            Key::Service(_) => entry.service.take().map(|(version, _)| version),
+            Key::EndpointSet(key) => entry.find(&key.slice).ok().map(|at| entry.sets.remove(at).0),
+        };
+        if entry.service.is_none() && entry.sets.is_empty() {
+            occupied.remove();
+        }
+        let Some(old) = old else { return false };
+        self.digest.remove(key, old);
+        self.resources -= 1;
+        true
+    }
+}
+
+impl Entry {
+    fn find(&self, slice: &str) -> Result<usize, usize> {
+        self.sets.binary_search_by(|(_, set)| (*set.key.slice).cmp(slice))
+    }
+}

@@ -1,0 +1,225 @@
+//! The ForwardingPlan: the seam between policy and mechanism.
+//!
+//! Every Service rule is decided before a plan exists. A backend chooses *how* a decision
+//! becomes kernel rules, never *whether*: it needs no traffic policy, no readiness and no
+//! topology, and the types here offer none.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use lockstep_model::{Family, Feature, Port, Protocol, ServiceKey};
+use rustc_hash::FxHashMap;
+
+/// Everything one node does with Service traffic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ForwardingPlan {
+    /// What holds for the node as a whole.
+    pub node: NodePlan,
+    /// One entry per Service that has something to program.
+    pub services: FxHashMap<ServiceKey, Arc<ServicePlan>>,
+}
+
+/// What holds for the node as a whole. A change of it concerns every Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodePlan {
+    /// Which packets count as [`Source::Pod`]; `None` = no way to tell, so none do.
+    pub pods: Option<PodSources>,
+    /// Which destination addresses [`Surface::NodePort`] stands for.
+    pub node_ports: NodePortScope,
+    /// The one bit of the packet mark that means "masquerade".
+    pub masquerade_mark: u32,
+}
+
+/// How a packet from a pod of this cluster is recognised.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PodSources {
+    /// By source address: the cluster CIDRs. A family without one has no pods.
+    Cidrs(Vec<IpNet>),
+}
+
+/// Which destination addresses node ports answer on. Loopback addresses never do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NodePortScope {
+    /// Every address that is local to the node, also ones added later.
+    AllLocal,
+    /// These, sorted; none at all where empty.
+    Addresses(Vec<IpAddr>),
+}
+
+/// What the node does for one Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePlan {
+    /// The Service.
+    pub key: ServiceKey,
+    /// Per family and Service port, sorted by (family, protocol, port, name).
+    pub ports: Vec<PortPlan>,
+    /// What a backend must be able to do to carry this plan, sorted. A backend that lacks
+    /// one leaves what it has in force for the Service and reports it.
+    pub required_features: Vec<Feature>,
+    /// The health check that load balancers ask for.
+    pub health_check: Option<HealthCheck>,
+    /// Parts of the Service that the plan leaves out, and why. Empty = none.
+    pub conflicts: Vec<Conflict>,
+}
+
+/// One Service port in one family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortPlan {
+    /// Family of every address in here.
+    pub family: Family,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Port of the Service; the node port is in the frontend.
+    pub port: Port,
+    /// Name of the port; empty = unnamed.
+    pub name: Arc<str>,
+    /// Endpoints of [`Pool::Cluster`], sorted. Filled only where a frontend uses it.
+    pub cluster: Vec<Target>,
+    /// Endpoints of [`Pool::Local`], sorted. Filled only where a frontend uses it.
+    pub local: Vec<Target>,
+    /// Targets among `cluster` and `local` that run on this node, sorted: only they can meet
+    /// themselves (hairpin), and their packets must then be masqueraded.
+    pub hairpin: Vec<Target>,
+    /// Addresses that lead here, sorted.
+    pub frontends: Vec<Frontend>,
+    /// Session affinity by client IP: seconds an idle client keeps its endpoint.
+    pub affinity_seconds: Option<u32>,
+}
+
+/// Where a connection can end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Target {
+    /// Address of the endpoint.
+    pub address: IpAddr,
+    /// Port at the endpoint.
+    pub port: Port,
+}
+
+/// One address and port, and what happens to new connections to it, by where they come from.
+/// The first class that matches counts: pod, then node, then anything else.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Frontend {
+    /// The address.
+    pub surface: Surface,
+    /// Port at that address.
+    pub port: Port,
+    /// For packets from pods of this cluster, as [`NodePlan::pods`] tells them.
+    pub from_pod: Action,
+    /// For packets from the node itself (source address local to it).
+    pub from_node: Action,
+    /// For all others.
+    pub from_elsewhere: Action,
+    /// Sources that may use this frontend, sorted; all others are dropped before anything
+    /// else is decided. `None` = everybody.
+    pub allowed_sources: Option<Arc<[IpNet]>>,
+}
+
+/// Where a frontend is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Surface {
+    /// A cluster IP.
+    ClusterIp(IpAddr),
+    /// An external IP.
+    ExternalIp(IpAddr),
+    /// A load balancer's address.
+    LoadBalancerIp(IpAddr),
+    /// The node's own addresses, see [`NodePlan::node_ports`].
+    NodePort,
+}
+
+/// What happens to a new connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Action {
+    /// It goes to a random target of the pool, which is not empty.
+    Forward {
+        /// The pool.
+        pool: Pool,
+        /// True = the target sees an address of the node instead of the client's.
+        masquerade: bool,
+    },
+    /// It is refused: ICMP port unreachable.
+    Reject,
+    /// It is dropped silently.
+    Drop,
+}
+
+/// A list of targets in a [`PortPlan`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Pool {
+    /// [`PortPlan::cluster`].
+    Cluster,
+    /// [`PortPlan::local`].
+    Local,
+}
+
+/// Where a packet comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// A pod of this cluster.
+    Pod,
+    /// The node itself.
+    Node,
+    /// Anywhere else.
+    Elsewhere,
+}
+
+/// A health-check node port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The port.
+    pub port: Port,
+    /// Distinct addresses of ready endpoints on this node, over all ports and families.
+    pub local_endpoints: usize,
+}
+
+/// A frontend that another Service already has. The Service with the lower key
+/// (namespace, then name) keeps it, so the outcome does not depend on history.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Conflict {
+    /// Where.
+    pub surface: Surface,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Port there.
+    pub port: Port,
+    /// Who has it.
+    pub owner: ServiceKey,
+}
+
+impl Frontend {
+    /// The action for a source.
+    pub fn action(&self, source: Source) -> Action {
+        match source {
+            Source::Pod => self.from_pod,
+            Source::Node => self.from_node,
+            Source::Elsewhere => self.from_elsewhere,
+        }
+    }
+}
+
+impl PortPlan {
+    /// Targets of a pool.
+    pub fn pool(&self, pool: Pool) -> &[Target] {
+        match pool {
+            Pool::Cluster => &self.cluster,
+            Pool::Local => &self.local,
+        }
+    }
+
+    /// `namespace/name:port`, or `namespace/name` for the unnamed port: the text that
+    /// kube-proxy hashes into chain names and writes into comments.
+    pub fn text(&self, service: &ServiceKey) -> String {
+        if self.name.is_empty() { service.to_string() } else { format!("{service}:{}", self.name) }
+    }
+}
+
+impl Surface {
+    /// The address; `None` for node ports.
+    pub fn address(self) -> Option<IpAddr> {
+        match self {
+            Surface::ClusterIp(ip) | Surface::ExternalIp(ip) | Surface::LoadBalancerIp(ip) => Some(ip),
+            Surface::NodePort => None,
+        }
+    }
+}
