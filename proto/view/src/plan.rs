@@ -25,8 +25,10 @@ pub struct ForwardingPlan {
 pub struct NodePlan {
     /// Which packets count as [`Source::Pod`]; `None` = no way to tell, so none do.
     pub pods: Option<PodSources>,
-    /// Which destination addresses [`Surface::NodePort`] stands for.
-    pub node_ports: NodePortScope,
+    /// Which IPv4 destination addresses [`Surface::NodePort`] stands for.
+    pub node_ports_v4: NodePortScope,
+    /// The same for IPv6.
+    pub node_ports_v6: NodePortScope,
     /// The one bit of the packet mark that means "masquerade".
     pub masquerade_mark: u32,
 }
@@ -38,12 +40,12 @@ pub enum PodSources {
     Cidrs(Vec<IpNet>),
 }
 
-/// Which destination addresses node ports answer on. Loopback addresses never do.
+/// Which destination addresses of one family node ports answer on. Loopback addresses never do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NodePortScope {
     /// Every address that is local to the node, also ones added later.
     AllLocal,
-    /// These, sorted; none at all where empty.
+    /// These, all of that family, sorted; none at all where empty.
     Addresses(Vec<IpAddr>),
 }
 
@@ -110,8 +112,8 @@ pub struct Frontend {
     pub from_node: Action,
     /// For all others.
     pub from_elsewhere: Action,
-    /// Sources that may use this frontend, sorted; all others are dropped before anything
-    /// else is decided. `None` = everybody.
+    /// Sources that may use this frontend, all of its family, sorted, none inside another;
+    /// all others are dropped before anything else is decided. `None` = everybody.
     pub allowed_sources: Option<Arc<[IpNet]>>,
 }
 
@@ -173,10 +175,15 @@ pub struct HealthCheck {
     pub local_endpoints: usize,
 }
 
-/// A frontend that another Service already has. The Service with the lower key
-/// (namespace, then name) keeps it, so the outcome does not depend on history.
+/// A frontend that another Service has. One address, protocol and port can lead to one
+/// Service only. A cluster IP beats a load balancer's address, which beats an external IP
+/// (a user may write any address there, also another Service's); among equals the Service
+/// with the lower key (namespace, then name) has it. So the outcome depends on what is
+/// there and not on what came first.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Conflict {
+    /// Family; a node port is contested in each family by itself.
+    pub family: Family,
     /// Where.
     pub surface: Surface,
     /// Transport protocol.
@@ -185,6 +192,16 @@ pub struct Conflict {
     pub port: Port,
     /// Who has it.
     pub owner: ServiceKey,
+}
+
+impl NodePlan {
+    /// Where node ports answer in a family.
+    pub fn node_ports(&self, family: Family) -> &NodePortScope {
+        match family {
+            Family::V4 => &self.node_ports_v4,
+            Family::V6 => &self.node_ports_v6,
+        }
+    }
 }
 
 impl Frontend {
