@@ -66,6 +66,13 @@ pub fn endpoint_set(set: &EndpointSet) -> Vec<u8> {
     out.0
 }
 
+/// Canonical bytes of one endpoint, as they stand in those of its set.
+pub fn endpoint(endpoint: &Endpoint) -> Vec<u8> {
+    let mut out = Encoder(Vec::with_capacity(64));
+    out.endpoint(endpoint);
+    out.0
+}
+
 /// Canonical bytes of a node's facts.
 pub fn node_context(node: &NodeContext) -> Vec<u8> {
     let mut out = Encoder::default();

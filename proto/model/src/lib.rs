@@ -18,6 +18,7 @@ mod digest;
 mod endpoint;
 mod intern;
 mod key;
+mod name;
 mod node;
 mod resource;
 mod service;
@@ -27,6 +28,7 @@ pub use digest::{Digest, Version};
 pub use endpoint::{Conditions, Endpoint, EndpointPatch, EndpointPort, EndpointSet, Hints};
 pub use intern::Interner;
 pub use key::{EndpointSetKey, Key, Kind, ServiceKey};
+pub use name::check_name;
 pub use node::NodeContext;
 pub use resource::Resource;
 pub use service::{

@@ -40,7 +40,8 @@ impl State {
     pub fn resources(&self) -> impl Iterator<Item = (Version, Resource)> {
         self.entries.values().flat_map(|entry| {
             let service = entry.service.iter().map(|(version, it)| (*version, Resource::Service(it.clone())));
-            service.chain(entry.sets.iter().map(|(version, it)| (*version, Resource::EndpointSet(it.clone()))))
+            service
+                .chain(entry.sets.iter().map(|(version, it)| (*version, Resource::EndpointSet(it.clone()))))
         })
     }
 
@@ -102,7 +103,9 @@ impl State {
 
     /// Takes a resource out. False where the state does not have it.
     pub fn remove(&mut self, key: &Key) -> bool {
-        let MapEntry::Occupied(mut occupied) = self.entries.entry(key.service().clone()) else { return false };
+        let MapEntry::Occupied(mut occupied) = self.entries.entry(key.service().clone()) else {
+            return false;
+        };
         let entry = occupied.get_mut();
         let old = match key {
             Key::Service(_) => entry.service.take().map(|(version, _)| version),

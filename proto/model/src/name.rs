@@ -1,0 +1,41 @@
+use crate::InvalidField;
+
+/// Longest name: that of a DNS subdomain, the longest that Kubernetes has.
+const MAX_NAME_BYTES: usize = 253;
+
+/// Refuses what cannot be a Kubernetes name (of an object, a port, a node, a zone): the empty
+/// text, more than 253 bytes, and anything but ASCII letters, digits, `-`, `.` and `_`.
+///
+/// Wider than Kubernetes' own rules, which differ per kind and change: this keeps keys free of
+/// ambiguity (no `/`, no NUL) and texts fit for logs and kernel comments.
+pub fn check_name(field: &str, text: &str) -> Result<(), InvalidField> {
+    let reason = if text.is_empty() {
+        "is empty"
+    } else if text.len() > MAX_NAME_BYTES {
+        "is longer than 253 bytes"
+    } else if !text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_')) {
+        "has a character other than letters, digits, '-', '.' and '_'"
+    } else {
+        return Ok(());
+    };
+    // The value may be the thing that is too long.
+    let value = text.chars().take(128).collect();
+    Err(InvalidField { field: field.into(), value, reason: reason.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_name;
+
+    #[test]
+    fn names_are_kubernetes_names() {
+        for good in ["a", "kube-dns", "web-7xk2p", "ip-10-0-0-1.eu-west-1.compute.internal", "zone_A"] {
+            assert_eq!(check_name("name", good), Ok(()), "{good}");
+        }
+        for bad in ["", "a/b", "a\0b", "a b", "ä", "a\n", &"x".repeat(254)] {
+            let fault = check_name("name", bad).expect_err(bad);
+            assert_eq!(fault.field, "name");
+            assert!(fault.value.len() <= 128, "{fault}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Tests of the contract as a whole; those of one function stand beside it.
+
+mod grpc;
