@@ -1,0 +1,256 @@
+use std::num::NonZeroU64;
+
+use lockstep_model::Key;
+
+use super::*;
+use crate::Changes;
+use crate::store::tests::service;
+
+struct World {
+    store: Store,
+    nodes: Nodes,
+    start: Instant,
+}
+
+impl World {
+    fn new() -> Self {
+        let start = Instant::now();
+        Self { store: Store::new(NonZeroU64::new(7).unwrap(), start), nodes: Nodes::default(), start }
+    }
+
+    fn at(&self, seconds: u64) -> Instant {
+        self.start + Duration::from_secs(seconds)
+    }
+
+    fn publish(&mut self, variant: u8, seconds: u64) -> u64 {
+        let mut changes = Changes::default();
+        changes.upsert(service("a", "b", variant));
+        let old = self.store.head().seq;
+        let seq = self.store.apply(changes, self.at(seconds)).unwrap();
+        self.nodes.published(old, self.at(seconds));
+        seq
+    }
+
+    fn connect(&mut self, name: &str, instance: &str, seconds: u64) -> Result<Connected, ConnectError> {
+        self.nodes.connect(facts(name, instance), self.start + Duration::from_secs(seconds))
+    }
+
+    fn ack(&mut self, stream: StreamId, verified: u64, seconds: u64) -> Result<(), AckError> {
+        let now = self.at(seconds);
+        self.nodes.ack(stream, report(verified), &self.store, now)
+    }
+
+    fn state(&self, name: &str) -> NodeState {
+        self.nodes.get(name).unwrap().state(self.store.head().seq)
+    }
+
+    fn behind_for(&self, name: &str, seconds: u64) -> Option<u64> {
+        let node = self.nodes.get(name).unwrap();
+        let behind = self.nodes.behind_for(node, self.store.head().seq, self.at(seconds));
+        behind.map(|behind| behind.as_secs())
+    }
+}
+
+fn facts(name: &str, instance: &str) -> Facts {
+    Facts {
+        node_name: name.into(),
+        instance_id: instance.into(),
+        agent_version: "1".into(),
+        backend: BackendFacts::default(),
+        peer: format!("192.0.2.1:{}", instance.len()),
+        resume: Resume::Full,
+    }
+}
+
+fn report(verified: u64) -> Report {
+    Report {
+        epoch: 7,
+        levels: Levels { received: Some(verified), applied: Some(verified), verified: Some(verified) },
+        outcome: Outcome::Verified,
+        failures: Vec::new(),
+        failures_truncated: 0,
+        backend_error: String::new(),
+        pass: None,
+        drift_repairs: 0,
+    }
+}
+
+fn failure(namespace: &str, name: &str) -> Failure {
+    Failure {
+        key: Key::Service(ServiceKey::new(namespace, name)),
+        version: None,
+        in_force: InForce::Nothing,
+        class: FailureClass::Kernel,
+        message: "no room".into(),
+        retrying: true,
+        attempts: 1,
+        first_seen: None,
+    }
+}
+
+#[test]
+fn expected_are_node_objects_and_live_streams() {
+    let mut world = World::new();
+    world.publish(1, 0);
+    let now = world.start;
+    assert!(world.nodes.upsert_object(NodeContext::unknown("n1"), now));
+    assert!(!world.nodes.upsert_object(NodeContext::unknown("n1"), now), "nothing new");
+    assert_eq!(world.state("n1"), NodeState::NeverSeen);
+    let stranger = world.connect("n2", "x", 1).unwrap();
+    assert!(!stranger.has_node_object);
+    assert_eq!(world.nodes.counts(1).expected, 2);
+    world.nodes.disconnect(stranger.stream, now);
+    assert!(world.nodes.get("n2").is_none(), "neither object nor stream");
+    assert!(world.nodes.remove_object("n1", now));
+    assert!(!world.nodes.remove_object("n1", now));
+    assert_eq!(world.nodes.counts(1), Counts::default());
+}
+
+#[test]
+fn a_node_goes_through_its_states() {
+    let mut world = World::new();
+    let now = world.start;
+    world.nodes.upsert_object(NodeContext::unknown("n1"), now);
+    world.publish(1, 0);
+    let stream = world.connect("n1", "x", 1).unwrap().stream;
+    assert_eq!(world.state("n1"), NodeState::Behind);
+    world.ack(stream, 1, 2).unwrap();
+    assert_eq!(world.state("n1"), NodeState::InSync);
+    let degraded = Report { failures: vec![failure("a", "b")], ..report(1) };
+    world.nodes.ack(stream, degraded, &world.store, now).unwrap();
+    assert_eq!(world.state("n1"), NodeState::Degraded);
+    assert_eq!(world.nodes.counts(1).degraded, 1);
+    let failed = Report { backend_error: "no nf_tables".into(), ..report(1) };
+    world.nodes.ack(stream, failed, &world.store, now).unwrap();
+    assert_eq!(world.state("n1"), NodeState::Failed);
+    world.nodes.disconnect(stream, now);
+    assert_eq!(world.state("n1"), NodeState::Disconnected);
+    assert_eq!(world.nodes.counts(1).disconnected, 1);
+}
+
+#[test]
+fn the_empty_state_too_must_be_verified() {
+    let mut world = World::new();
+    let stream = world.connect("n1", "x", 0).unwrap().stream;
+    assert_eq!(world.state("n1"), NodeState::Behind);
+    assert_eq!(world.nodes.progress(0, Level::Verified, None, 20).done, 0);
+    world.ack(stream, 0, 1).unwrap();
+    assert_eq!(world.state("n1"), NodeState::InSync);
+    assert_eq!(world.nodes.progress(0, Level::Verified, None, 20).done, 1);
+}
+
+#[test]
+fn the_newest_process_has_the_stream_and_two_do_not_flap() {
+    let mut world = World::new();
+    let old = world.connect("n1", "old", 0).unwrap();
+    let new = world.connect("n1", "new", 1).unwrap();
+    assert_eq!(new.superseded, Some(old.stream));
+    assert_eq!(world.ack(old.stream, 0, 2), Err(AckError::NotLive));
+    let refused = world.connect("n1", "old", 3).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "node n1: instance old was superseded by instance new at 192.0.2.1:3, which is connected; \
+         two agents with one node name?"
+    );
+    let again = world.connect("n1", "new", 4).unwrap();
+    assert_eq!(again.superseded, Some(new.stream), "a process may replace its own stream");
+    assert_eq!(world.nodes.get("n1").unwrap().superseded(), 1, "which is not counted");
+    world.nodes.upsert_object(NodeContext::unknown("n1"), world.start);
+    world.nodes.disconnect(new.stream, world.start);
+    assert!(world.nodes.get("n1").unwrap().connected(), "a late end of an old stream ends nothing");
+    world.nodes.disconnect(again.stream, world.start);
+    assert!(world.connect("n1", "old", 5).is_ok(), "nobody else is there");
+    assert!(world.connect("n1", "new", 6).is_ok(), "the newest started wins again");
+    assert!(world.connect("n1", "old", 7).is_err());
+}
+
+#[test]
+fn another_process_has_to_prove_itself_anew() {
+    let mut world = World::new();
+    world.publish(1, 0);
+    let first = world.connect("n1", "x", 0).unwrap();
+    world.ack(first.stream, 1, 0).unwrap();
+    world.connect("n1", "x", 1).unwrap();
+    assert_eq!(world.state("n1"), NodeState::InSync, "the same process, a new connection");
+    world.connect("n1", "y", 2).unwrap();
+    assert_eq!(world.state("n1"), NodeState::Behind);
+}
+
+#[test]
+fn impossible_reports_are_refused() {
+    let mut world = World::new();
+    world.publish(1, 0);
+    let stream = world.connect("n1", "x", 0).unwrap().stream;
+    assert_eq!(world.ack(stream, 2, 1), Err(AckError::Future { seq: 2, head: 1 }));
+    let now = world.start;
+    let other = Report { epoch: 8, ..report(1) };
+    assert_eq!(
+        world.nodes.ack(stream, other, &world.store, now),
+        Err(AckError::OtherEpoch { epoch: 8, ours: 7 })
+    );
+    let levels = Levels { received: Some(0), applied: Some(1), verified: Some(0) };
+    let unordered = Report { levels, ..report(1) };
+    assert_eq!(world.nodes.ack(stream, unordered, &world.store, now), Err(AckError::Unordered));
+    assert_eq!(world.state("n1"), NodeState::Behind);
+}
+
+#[test]
+fn behind_counts_from_when_the_head_left_the_node() {
+    let mut world = World::new();
+    let stream = world.connect("n1", "x", 5).unwrap().stream;
+    world.publish(1, 10);
+    assert_eq!(world.behind_for("n1", 20), Some(15), "never verified: since it is known");
+    world.ack(stream, 1, 20).unwrap();
+    assert_eq!(world.behind_for("n1", 25), None);
+    for variant in 2..5 {
+        world.publish(variant, 28 + u64::from(variant));
+    }
+    assert_eq!(world.behind_for("n1", 40), Some(10), "since seq 2, published at 30");
+    world.ack(stream, 2, 41).unwrap();
+    assert_eq!(world.behind_for("n1", 42), Some(12), "it was not the head when it was verified");
+    assert_eq!(world.nodes.laggards(4, world.at(42), 20), vec![Arc::<str>::from("n1")]);
+    world.ack(stream, 4, 43).unwrap();
+    assert_eq!(world.behind_for("n1", 44), None);
+}
+
+#[test]
+fn convergence_is_the_last_verification() {
+    let mut world = World::new();
+    let one = world.connect("n1", "x", 0).unwrap().stream;
+    let two = world.connect("n2", "x", 0).unwrap().stream;
+    world.publish(1, 10);
+    world.ack(one, 1, 11).unwrap();
+    assert_eq!(world.nodes.convergence(), None);
+    assert_eq!(
+        world.nodes.counts(1),
+        Counts { expected: 2, received: 1, applied: 1, verified: 1, ..Counts::default() }
+    );
+    world.ack(two, 1, 13).unwrap();
+    let expected = Convergence { seq: 1, took: Duration::from_secs(3) };
+    assert_eq!(world.nodes.convergence(), Some(expected));
+    world.ack(two, 1, 20).unwrap();
+    assert_eq!(world.nodes.convergence(), Some(expected), "said again, nothing new");
+}
+
+#[test]
+fn progress_leaves_no_node_out() {
+    let mut world = World::new();
+    world.publish(1, 0);
+    let start = world.start;
+    world.nodes.upsert_object(NodeContext::unknown("absent"), start);
+    let one = world.connect("good", "x", 0).unwrap().stream;
+    let two = world.connect("failing", "x", 0).unwrap().stream;
+    world.ack(one, 1, 1).unwrap();
+    let failing = Report { failures: vec![failure("a", "b")], ..report(1) };
+    world.nodes.ack(two, failing, &world.store, start).unwrap();
+    let names = |service: Option<&ServiceKey>, level| -> Vec<String> {
+        let progress = world.nodes.progress(1, level, service, 20);
+        assert_eq!(progress.expected, 3);
+        assert_eq!(progress.done as usize + progress.laggards.len(), 3);
+        progress.laggards.iter().map(|name| name.to_string()).collect()
+    };
+    assert_eq!(names(Some(&ServiceKey::new("a", "b")), Level::Verified), ["absent", "failing"]);
+    assert_eq!(names(Some(&ServiceKey::new("a", "c")), Level::Verified), ["absent"]);
+    assert_eq!(names(None, Level::Verified), ["absent", "failing"]);
+    assert_eq!(names(None, Level::Received), ["absent"]);
+}

@@ -1,0 +1,132 @@
+//! What people ask about Services.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::ops::Bound;
+use std::sync::Arc;
+
+use lockstep_model::{Key, Resource, Service, ServiceKey};
+
+use crate::store::{Entry, Store};
+
+/// The slots of one Service in the store.
+#[derive(Debug, Default)]
+pub(crate) struct Members {
+    pub(crate) service: Option<u32>,
+    /// Sorted by slice name.
+    pub(crate) sets: Vec<u32>,
+    /// seq of the last change to any of them, removals included.
+    pub(crate) last_changed: u64,
+}
+
+/// One Service, counted.
+#[derive(Debug, Clone)]
+pub struct PageEntry {
+    /// The Service.
+    pub service: Arc<Service>,
+    /// Ready endpoints: distinct addresses over all sets.
+    pub ready_endpoints: u32,
+    /// All endpoints, counted the same way.
+    pub total_endpoints: u32,
+    /// seq of the last change to the Service or one of its endpoint sets.
+    pub last_changed_seq: u64,
+}
+
+/// One Service with everything that belongs to it.
+#[derive(Debug, Clone)]
+pub struct ServiceView {
+    /// The Service as it is sent.
+    pub service: Entry,
+    /// Its endpoint sets, sorted by slice name.
+    pub sets: Vec<Entry>,
+    /// The same, counted.
+    pub summary: PageEntry,
+}
+
+impl Store {
+    /// Services sorted by namespace and name, after `after`, of one namespace or of all.
+    /// Costs what is taken from the iterator.
+    pub fn services<'a>(
+        &'a self,
+        namespace: Option<&'a str>,
+        after: Option<&ServiceKey>,
+    ) -> impl Iterator<Item = PageEntry> + 'a {
+        let from_namespace = namespace.map(|namespace| ServiceKey::new(namespace, ""));
+        let start = match (after.cloned(), from_namespace) {
+            (Some(after), Some(first)) if after < first => Bound::Included(first),
+            (Some(after), _) => Bound::Excluded(after),
+            (None, Some(first)) => Bound::Included(first),
+            (None, None) => Bound::Unbounded,
+        };
+        self.by_service
+            .range((start, Bound::Unbounded))
+            .take_while(move |(key, _)| namespace.is_none_or(|namespace| &*key.namespace == namespace))
+            .filter_map(|(_, members)| self.count(members))
+    }
+
+    /// One Service with its endpoint sets; `None` where the state does not have the Service
+    /// itself.
+    pub fn service(&self, key: &ServiceKey) -> Option<ServiceView> {
+        let members = self.by_service.get(key)?;
+        Some(ServiceView {
+            service: self.entry(members.service?)?,
+            sets: members.sets.iter().filter_map(|slot| self.entry(*slot)).collect(),
+            summary: self.count(members)?,
+        })
+    }
+
+    /// seq of the last change to a Service or its endpoint sets; `None` where the state has
+    /// none of them.
+    pub fn last_changed(&self, key: &ServiceKey) -> Option<u64> {
+        self.by_service.get(key).map(|members| members.last_changed)
+    }
+
+    fn count(&self, members: &Members) -> Option<PageEntry> {
+        let Some(Resource::Service(service)) = self.resource(members.service?) else { return None };
+        let mut addresses: HashMap<IpAddr, bool> = HashMap::new();
+        for slot in &members.sets {
+            if let Some(Resource::EndpointSet(set)) = self.resource(*slot) {
+                for endpoint in &set.endpoints {
+                    *addresses.entry(endpoint.address).or_default() |= endpoint.conditions.ready;
+                }
+            }
+        }
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Some(PageEntry {
+            service: service.clone(),
+            ready_endpoints: count(addresses.values().filter(|ready| **ready).count()),
+            total_endpoints: count(addresses.len()),
+            last_changed_seq: members.last_changed,
+        })
+    }
+
+    /// Files a slot under its Service.
+    pub(crate) fn join_service(&mut self, slot: u32, seq: u64) {
+        let key = self.key(slot).clone();
+        let mut members = self.by_service.remove(key.service()).unwrap_or_default();
+        match &key {
+            Key::Service(_) => members.service = Some(slot),
+            Key::EndpointSet(_) => {
+                if let Err(at) = members.sets.binary_search_by(|other| self.key(*other).cmp(&key)) {
+                    members.sets.insert(at, slot);
+                }
+            }
+        }
+        members.last_changed = seq;
+        self.by_service.insert(key.service().clone(), members);
+    }
+
+    /// Takes a slot out again.
+    pub(crate) fn leave_service(&mut self, slot: u32, seq: u64) {
+        let key = self.key(slot).clone();
+        let Some(members) = self.by_service.get_mut(key.service()) else { return };
+        members.last_changed = seq;
+        match &key {
+            Key::Service(_) => members.service = None,
+            Key::EndpointSet(_) => members.sets.retain(|other| *other != slot),
+        }
+        if members.service.is_none() && members.sets.is_empty() {
+            self.by_service.remove(key.service());
+        }
+    }
+}

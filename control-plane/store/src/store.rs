@@ -1,0 +1,387 @@
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use bytes::Bytes;
+use lockstep_model::{Digest, EndpointPatch, EndpointSetKey, Key, Kind, Resource, ServiceKey, Version};
+
+use crate::Changes;
+use crate::history::{History, Published};
+use crate::services::Members;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+/// How many published transactions a [`Store`] remembers the digest of.
+pub const HELD_HISTORY: usize = 1_024;
+
+/// How many removed keys a [`Store`] remembers. A cursor from before the first forgotten
+/// removal gets no delta any more.
+pub const TOMBSTONES: usize = 65_536;
+
+/// The state, indexed by key, by Service and by last change.
+#[derive(Debug)]
+pub struct Store {
+    epoch: NonZeroU64,
+    seq: u64,
+    digest: Digest,
+    services: u64,
+    endpoint_sets: u64,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    by_key: HashMap<Key, u32>,
+    /// Every slot in use, once, at the seq that changed it last.
+    by_seq: BTreeSet<(u64, u32)>,
+    pub(crate) by_service: BTreeMap<ServiceKey, Members>,
+    /// The slots without content, as in `by_seq`.
+    tombstones: BTreeSet<(u64, u32)>,
+    max_tombstones: usize,
+    /// Newest seq of a forgotten tombstone: a cursor before it may hold what is gone.
+    horizon: u64,
+    history: History,
+    revisions: BTreeMap<String, String>,
+}
+
+/// One key. The free ones keep the key they had.
+#[derive(Debug)]
+struct Slot {
+    key: Key,
+    seq: u64,
+    /// `None` = removed at `seq`.
+    content: Option<Content>,
+}
+
+#[derive(Debug)]
+struct Content {
+    version: Version,
+    body: Bytes,
+    resource: Resource,
+    previous: Option<Box<Previous>>,
+}
+
+/// One step back, for cursors that hold exactly that.
+#[derive(Debug)]
+struct Previous {
+    version: Version,
+    seq: u64,
+    patch: Arc<EndpointPatch>,
+}
+
+/// A point in the history of one [`Store`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Position {
+    /// Which store; never 0.
+    pub epoch: u64,
+    /// Transactions published so far.
+    pub seq: u64,
+    /// Digest of the state.
+    pub digest: Digest,
+    /// Number of resources in the state.
+    pub resources: u64,
+}
+
+/// One resource as it is sent.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Its key.
+    pub key: Key,
+    /// Its content version.
+    pub version: Version,
+    /// Its canonical bytes.
+    pub body: Bytes,
+}
+
+/// A changed endpoint set as a difference.
+#[derive(Debug, Clone)]
+pub struct Patch {
+    /// The set.
+    pub key: EndpointSetKey,
+    /// Version it starts from.
+    pub base: Version,
+    /// Version it leads to.
+    pub version: Version,
+    /// The difference.
+    pub patch: Arc<EndpointPatch>,
+}
+
+/// What turns the state at `from` into the state at `to`. Lists are sorted by (kind, key); no
+/// key is named twice.
+#[derive(Debug, Clone)]
+pub struct Delta {
+    /// seq it starts from.
+    pub from: u64,
+    /// Where it leads.
+    pub to: Position,
+    /// New and changed resources.
+    pub upserts: Vec<Entry>,
+    /// Resources that are gone; some of them the state at `from` may not have had either.
+    pub removals: Vec<Key>,
+    /// Changed endpoint sets.
+    pub patches: Vec<Patch>,
+    /// Oldest cause, where it is known for all of it.
+    pub trigger: Option<SystemTime>,
+}
+
+/// The whole state, sorted by (kind, key).
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Where it was taken.
+    pub position: Position,
+    /// Everything.
+    pub entries: Vec<Entry>,
+}
+
+impl Store {
+    /// An empty store. `epoch` is random: a seq means nothing without it.
+    pub fn new(epoch: NonZeroU64, now: Instant) -> Self {
+        Self::with_limits(epoch, now, HELD_HISTORY, TOMBSTONES)
+    }
+
+    /// An empty store that remembers this many transactions and removals.
+    pub fn with_limits(epoch: NonZeroU64, now: Instant, held_history: usize, tombstones: usize) -> Self {
+        Self {
+            epoch,
+            seq: 0,
+            digest: Digest::EMPTY,
+            services: 0,
+            endpoint_sets: 0,
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_key: HashMap::new(),
+            by_seq: BTreeSet::new(),
+            by_service: BTreeMap::new(),
+            tombstones: BTreeSet::new(),
+            max_tombstones: tombstones,
+            horizon: 0,
+            history: History::new(held_history, now),
+            revisions: BTreeMap::new(),
+        }
+    }
+
+    /// The newest state.
+    pub fn head(&self) -> Position {
+        Position {
+            epoch: self.epoch.get(),
+            seq: self.seq,
+            digest: self.digest,
+            resources: self.resource_count(),
+        }
+    }
+
+    /// Services in the state.
+    pub fn service_count(&self) -> u64 {
+        self.services
+    }
+
+    /// Endpoint sets in the state.
+    pub fn endpoint_set_count(&self) -> u64 {
+        self.endpoint_sets
+    }
+
+    fn resource_count(&self) -> u64 {
+        self.services + self.endpoint_sets
+    }
+
+    /// How far each watch of the source has come, sorted by resource.
+    pub fn revisions(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.revisions.iter().map(|(resource, version)| (resource.as_str(), version.as_str()))
+    }
+
+    /// Publishes changes as one transaction and returns its seq; `None` where nothing is
+    /// different from before, which publishes nothing.
+    pub fn apply(&mut self, changes: Changes, now: Instant) -> Option<u64> {
+        let Changes { resources, trigger, revisions } = changes;
+        self.revisions.extend(revisions);
+        let seq = self.seq + 1;
+        let mut changed = false;
+        for (key, resource) in resources {
+            changed |= match resource {
+                Some(resource) => self.upsert(key, resource, seq),
+                None => self.remove(&key, seq),
+            };
+        }
+        if !changed {
+            return None;
+        }
+        self.seq = seq;
+        self.history.push(Published { seq, digest: self.digest, at: now, trigger });
+        self.forget_tombstones();
+        Some(seq)
+    }
+
+    fn upsert(&mut self, key: Key, resource: Resource, seq: u64) -> bool {
+        let body = resource.canonical();
+        let version = Version::of(&body);
+        let mut content = Content { version, body: body.into(), resource, previous: None };
+        let known = self.by_key.get(&key).copied();
+        let slot = known.unwrap_or_else(|| self.occupy(key.clone()));
+        match self.content(slot) {
+            Some(old) if old.version == version => return false,
+            Some(old) => {
+                content.previous = old.step_to(&content.resource, self.slots[slot as usize].seq);
+                let old = old.version;
+                self.digest.remove(&key, old);
+            }
+            None => *self.counter(key.kind()) += 1,
+        }
+        self.digest.add(&key, version);
+        self.slots[slot as usize].content = Some(content);
+        self.touch(slot, seq);
+        self.join_service(slot, seq);
+        true
+    }
+
+    fn remove(&mut self, key: &Key, seq: u64) -> bool {
+        let Some(slot) = self.by_key.get(key).copied() else { return false };
+        let Some(old) = self.slots[slot as usize].content.take() else { return false };
+        self.digest.remove(key, old.version);
+        *self.counter(key.kind()) -= 1;
+        self.touch(slot, seq);
+        self.tombstones.insert((seq, slot));
+        self.leave_service(slot, seq);
+        true
+    }
+
+    /// A slot for a key that has none.
+    fn occupy(&mut self, key: Key) -> u32 {
+        let slot = Slot { key: key.clone(), seq: 0, content: None };
+        let at = match self.free.pop() {
+            Some(at) => {
+                self.slots[at as usize] = slot;
+                at
+            }
+            None => {
+                self.slots.push(slot);
+                u32::try_from(self.slots.len() - 1).expect("four thousand million keys do not fit in memory")
+            }
+        };
+        self.by_key.insert(key, at);
+        at
+    }
+
+    /// Moves a slot to the end of the change order.
+    fn touch(&mut self, slot: u32, seq: u64) {
+        let old = (self.slots[slot as usize].seq, slot);
+        self.by_seq.remove(&old);
+        self.tombstones.remove(&old);
+        self.slots[slot as usize].seq = seq;
+        self.by_seq.insert((seq, slot));
+    }
+
+    fn forget_tombstones(&mut self) {
+        while self.tombstones.len() > self.max_tombstones
+            && let Some(oldest @ (seq, slot)) = self.tombstones.pop_first()
+        {
+            self.by_seq.remove(&oldest);
+            self.by_key.remove(&self.slots[slot as usize].key);
+            self.free.push(slot);
+            self.horizon = self.horizon.max(seq);
+        }
+    }
+
+    fn counter(&mut self, kind: Kind) -> &mut u64 {
+        match kind {
+            Kind::Service => &mut self.services,
+            Kind::EndpointSet => &mut self.endpoint_sets,
+        }
+    }
+
+    fn content(&self, slot: u32) -> Option<&Content> {
+        self.slots[slot as usize].content.as_ref()
+    }
+
+    pub(crate) fn key(&self, slot: u32) -> &Key {
+        &self.slots[slot as usize].key
+    }
+
+    pub(crate) fn resource(&self, slot: u32) -> Option<&Resource> {
+        self.content(slot).map(|content| &content.resource)
+    }
+
+    pub(crate) fn entry(&self, slot: u32) -> Option<Entry> {
+        let content = self.content(slot)?;
+        Some(Entry { key: self.key(slot).clone(), version: content.version, body: content.body.clone() })
+    }
+
+    /// The resource as it is now.
+    pub fn get(&self, key: &Key) -> Option<Entry> {
+        self.entry(*self.by_key.get(key)?)
+    }
+
+    /// What changed after `from`, each key once at its latest content. `None` where that is
+    /// not known: `from` is before the oldest removal remembered, or has not happened.
+    /// With `patches`, endpoint sets of which a client at `from` holds exactly the version
+    /// before are given as a difference.
+    pub fn delta(&self, from: u64, patches: bool) -> Option<Delta> {
+        if from < self.horizon || from > self.seq {
+            return None;
+        }
+        let mut delta = Delta {
+            from,
+            to: self.head(),
+            upserts: Vec::new(),
+            removals: Vec::new(),
+            patches: Vec::new(),
+            trigger: self.history.trigger_after(from),
+        };
+        for (_, slot) in self.by_seq.range((from + 1, 0)..) {
+            let Some(content) = self.content(*slot) else {
+                delta.removals.push(self.key(*slot).clone());
+                continue;
+            };
+            match (&content.previous, self.key(*slot)) {
+                (Some(previous), Key::EndpointSet(key)) if patches && previous.seq <= from => {
+                    delta.patches.push(Patch {
+                        key: key.clone(),
+                        base: previous.version,
+                        version: content.version,
+                        patch: previous.patch.clone(),
+                    });
+                }
+                _ => delta.upserts.extend(self.entry(*slot)),
+            }
+        }
+        delta.upserts.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        delta.removals.sort_unstable();
+        delta.patches.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        Some(delta)
+    }
+
+    /// Everything. Costs the state.
+    pub fn snapshot(&self) -> Snapshot {
+        let members = self.by_service.values();
+        let services = members.clone().filter_map(|members| members.service);
+        let sets = members.flat_map(|members| members.sets.iter().copied());
+        let entries = services.chain(sets).filter_map(|slot| self.entry(slot)).collect();
+        Snapshot { position: self.head(), entries }
+    }
+
+    /// Newest remembered seq at which the state had this digest.
+    pub fn seq_of(&self, digest: Digest) -> Option<u64> {
+        self.history.seq_of(digest)
+    }
+
+    /// Digest after a transaction, if it is remembered.
+    pub fn digest_at(&self, seq: u64) -> Option<Digest> {
+        self.history.get(seq).map(|published| published.digest)
+    }
+
+    /// When a transaction was published, if it is remembered.
+    pub fn published_at(&self, seq: u64) -> Option<Instant> {
+        self.history.get(seq).map(|published| published.at)
+    }
+}
+
+impl Content {
+    /// The step from this content, which has been there since `seq`, to `new`, where it is
+    /// worth keeping: a patch that names most of the set costs more than the set.
+    fn step_to(&self, new: &Resource, seq: u64) -> Option<Box<Previous>> {
+        let (Resource::EndpointSet(old), Resource::EndpointSet(new)) = (&self.resource, new) else {
+            return None;
+        };
+        let patch = old.patch_to(new)?;
+        let worth_it = patch.upserts.len() * 2 + patch.removed.len() <= new.endpoints.len();
+        worth_it.then(|| Box::new(Previous { version: self.version, seq, patch: Arc::new(patch) }))
+    }
+}
