@@ -13,8 +13,10 @@
 //! This crate knows neither versions and digests of a store, nor gRPC, nor nodes' kernels.
 #![forbid(unsafe_code)]
 
+pub mod convert;
 mod event;
 pub mod files;
+mod intake;
 pub mod kubernetes;
 
 pub use event::{Changes, Event, NodeChange, ObjectName, QuarantineChange};

@@ -1,0 +1,312 @@
+//! The Kubernetes API as the source.
+//!
+//! ```text
+//! watch of Services ───────┐
+//! watch of EndpointSlices ─┼─> one channel ─> convert, track, batch what is ready ─> events
+//! watch of Nodes ──────────┘
+//! ```
+//!
+//! The API server leaves out what is not for us: Services and slices labelled as headless or
+//! as another proxy's, and headless Services. A Service that gets such a label therefore
+//! arrives as a deletion.
+
+#[cfg(test)]
+mod tests;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Api;
+use lockstep_model::Interner;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use self::watch::{News, Signal, Watch};
+use crate::Event;
+use crate::convert::{self, Conversion, Outcome};
+use crate::intake::{Batch, Object, Reading, Tracker};
+
+pub use kube::Client;
+
+/// The EndpointSlice controller's word on when the change happened that a slice shows.
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+const NOT_OURS: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
+const NOT_HEADLESS: &str = "spec.clusterIP!=None";
+
+/// Signals between the watches and the batch, and most of them in one batch.
+const SIGNALS: usize = 1024;
+/// [`Event::Alive`] is told at most this often.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// Names nobody uses any more are dropped after so many deletions.
+const SHRINK_AFTER: u32 = 10_000;
+
+/// Why there is no way to the API server.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Neither `$KUBECONFIG`, nor `~/.kube/config`, nor a pod's service account can be used.
+    #[error("configuration of the Kubernetes client: {0}")]
+    Infer(#[source] Box<kube::config::InferConfigError>),
+    /// The kubeconfig cannot be used.
+    #[error("kubeconfig {path}: {source}")]
+    Kubeconfig {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why not.
+        source: Box<kube::config::KubeconfigError>,
+    },
+    /// No client could be made from the configuration.
+    #[error("Kubernetes client: {0}")]
+    Client(#[source] Box<kube::Error>),
+}
+
+/// A client for the cluster of `kubeconfig` (its current context); `None` = what `$KUBECONFIG`,
+/// `~/.kube/config` or the pod's service account say. Sends nothing yet.
+pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectError> {
+    let config = match kubeconfig {
+        None => kube::Config::infer().await.map_err(|error| ConnectError::Infer(Box::new(error)))?,
+        Some(path) => {
+            let wrong = |error| ConnectError::Kubeconfig { path: path.to_owned(), source: Box::new(error) };
+            let file = kube::config::Kubeconfig::read_from(path).map_err(wrong)?;
+            let options = kube::config::KubeConfigOptions::default();
+            kube::Config::from_custom_kubeconfig(file, &options).await.map_err(wrong)?
+        }
+    };
+    Client::try_from(config).map_err(|error| ConnectError::Client(Box::new(error)))
+}
+
+/// Watches Services, EndpointSlices and Nodes until the receiver of `events` is gone, then
+/// returns. An API server that cannot be reached is no error: it is tried again for ever,
+/// and until the first lists are complete [`Event::NotSynced`] says why they are not.
+///
+/// Dropping the future ends everything it started.
+pub async fn run(client: Client, events: mpsc::Sender<Event>) {
+    let (out, mut signals) = mpsc::channel(SIGNALS);
+    let mut watches = JoinSet::new();
+    watches.spawn(
+        Watch::<Service, _> {
+            api: Api::all(client.clone()),
+            which: Which::Services,
+            labels: Some(NOT_OURS),
+            fields: Some(NOT_HEADLESS),
+            out: out.clone(),
+            wrap: |object| Read::Service(Box::new(object)),
+        }
+        .run(),
+    );
+    watches.spawn(
+        Watch::<EndpointSlice, _> {
+            api: Api::all(client.clone()),
+            which: Which::EndpointSlices,
+            labels: Some(NOT_OURS),
+            fields: None,
+            out: out.clone(),
+            wrap: |object| Read::EndpointSlice(Box::new(object)),
+        }
+        .run(),
+    );
+    watches.spawn(
+        Watch::<convert::Node, _> {
+            api: Api::all(client),
+            which: Which::Nodes,
+            labels: None,
+            fields: None,
+            out,
+            wrap: |object| Read::Node(Box::new(object)),
+        }
+        .run(),
+    );
+    let mut intake = Intake::default();
+    let mut ready = Vec::new();
+    let Ok(()) = events.send(Event::NotSynced(intake.waiting_for())).await else { return };
+    loop {
+        let received = tokio::select! {
+            received = signals.recv_many(&mut ready, SIGNALS) => received,
+            () = events.closed() => return,
+        };
+        if received == 0 {
+            return;
+        }
+        for event in intake.digest(ready.drain(..)) {
+            let Ok(()) = events.send(event).await else { return };
+        }
+    }
+}
+
+/// The watched resources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Which {
+    Services,
+    EndpointSlices,
+    Nodes,
+}
+
+impl Which {
+    const ALL: [Which; 3] = [Which::Services, Which::EndpointSlices, Which::Nodes];
+
+    /// The name in the API's paths.
+    fn name(self) -> &'static str {
+        match self {
+            Which::Services => "services",
+            Which::EndpointSlices => "endpointslices",
+            Which::Nodes => "nodes",
+        }
+    }
+}
+
+/// An object as it was read. Boxed, because hundreds may wait in the channel.
+#[derive(Debug)]
+enum Read {
+    Service(Box<Service>),
+    EndpointSlice(Box<EndpointSlice>),
+    Node(Box<convert::Node>),
+}
+
+impl Read {
+    fn metadata(&self) -> &ObjectMeta {
+        match self {
+            Read::Service(object) => &object.metadata,
+            Read::EndpointSlice(object) => &object.metadata,
+            Read::Node(object) => &object.metadata,
+        }
+    }
+
+    /// `namespace/name`, or the name alone where there is no namespace.
+    fn name(&self) -> String {
+        let metadata = self.metadata();
+        let name = metadata.name.as_deref().unwrap_or_default();
+        match metadata.namespace.as_deref() {
+            Some(namespace) => format!("{namespace}/{name}"),
+            None => name.to_owned(),
+        }
+    }
+
+    fn convert(&self, names: &mut Interner) -> Conversion<Object> {
+        fn resource<T: Into<lockstep_model::Resource>>(outcome: Outcome<T>) -> Outcome<Object> {
+            match outcome {
+                Outcome::Object(object) => Outcome::Object(Object::Resource(object.into())),
+                Outcome::Skip(skip) => Outcome::Skip(skip),
+            }
+        }
+        match self {
+            Read::Service(object) => convert::service(object).map(resource),
+            Read::EndpointSlice(object) => convert::endpoint_slice(object, names).map(resource),
+            Read::Node(object) => {
+                convert::node(object, names).map(|node| Outcome::Object(Object::Node(node)))
+            }
+        }
+    }
+
+    fn trigger(&self) -> Option<SystemTime> {
+        let text = self.metadata().annotations.as_ref()?.get(TRIGGER_TIME)?;
+        text.parse::<k8s_openapi::jiff::Timestamp>().ok().map(Into::into)
+    }
+}
+
+/// Everything known, and what is still missing.
+struct Intake {
+    trackers: [Tracker; 3],
+    names: Interner,
+    deletions: u32,
+    batch: Batch,
+    /// Resources without a complete first list, each with what is wrong, if anything is.
+    missing: BTreeMap<Which, Option<String>>,
+    told_alive: Option<Instant>,
+}
+
+impl Default for Intake {
+    fn default() -> Self {
+        Self {
+            trackers: [Tracker::new("Service"), Tracker::new("EndpointSlice"), Tracker::new("Node")],
+            names: Interner::default(),
+            deletions: 0,
+            batch: Batch::default(),
+            missing: Which::ALL.into_iter().map(|which| (which, None)).collect(),
+            told_alive: None,
+        }
+    }
+}
+
+impl Intake {
+    /// What is to be told because of these signals.
+    fn digest(&mut self, signals: impl Iterator<Item = Signal<Read>>) -> Vec<Event> {
+        let was_waiting = !self.missing.is_empty();
+        let was_missing = self.missing.clone();
+        let mut alive = false;
+        for signal in signals {
+            alive |= !matches!(signal.news, News::Failing(_));
+            self.signal(signal);
+        }
+        alive &= self.told_alive.is_none_or(|told| told.elapsed() >= ALIVE_EVERY);
+        let mut events = Vec::new();
+        // Most updates of Nodes change nothing for us: their revisions wait for company.
+        if alive || self.batch.len() > 0 {
+            events.extend(self.batch.finish().map(Event::Changes));
+        }
+        if was_waiting && self.missing.is_empty() {
+            tracing::info!("services, endpointslices and nodes are listed");
+            events.push(Event::Synced);
+        } else if self.missing != was_missing {
+            events.push(Event::NotSynced(self.waiting_for()));
+        }
+        if alive {
+            self.told_alive = Some(Instant::now());
+            events.push(Event::Alive);
+        }
+        events
+    }
+
+    fn signal(&mut self, signal: Signal<Read>) {
+        let tracker = &mut self.trackers[signal.which as usize];
+        match signal.news {
+            News::ListBegan => tracker.begin_list(),
+            News::ListDone => {
+                tracker.end_list(&mut self.batch);
+                self.missing.remove(&signal.which);
+            }
+            // How long ago the change happened that a list shows says nothing about us.
+            News::Listed(object) => self.take(signal.which, &object, None),
+            News::Applied(object) => {
+                let trigger = object.trigger();
+                self.take(signal.which, &object, trigger);
+            }
+            News::Deleted(object) => {
+                tracker.remove(&object.name(), &mut self.batch);
+                self.deletions += 1;
+                if self.deletions.is_multiple_of(SHRINK_AFTER) {
+                    self.names.shrink();
+                }
+            }
+            News::Revision(revision) => self.batch.revision(signal.which.name(), revision),
+            News::Failing(reason) => {
+                if let Some(wrong) = self.missing.get_mut(&signal.which) {
+                    *wrong = Some(reason);
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, which: Which, object: &Read, trigger: Option<SystemTime>) {
+        let conversion = object.convert(&mut self.names);
+        let reading = Reading {
+            name: &object.name(),
+            uid: object.metadata().uid.as_deref(),
+            conversion,
+            note: None,
+            trigger,
+        };
+        self.trackers[which as usize].take(reading, &mut self.batch);
+    }
+
+    fn waiting_for(&self) -> String {
+        let parts = self.missing.iter().map(|(which, wrong)| match wrong {
+            None => format!("waiting for the first list of {}", which.name()),
+            Some(wrong) => format!("the first list of {} is not there: {wrong}", which.name()),
+        });
+        parts.collect::<Vec<_>>().join("; ")
+    }
+}
