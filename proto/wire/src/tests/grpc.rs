@@ -74,11 +74,11 @@ impl SyncService for Fixed {
     }
 }
 
-fn service(index: u16) -> Service {
+fn service(index: u32) -> Service {
     Service {
         key: ServiceKey::new("shop", format!("cart-{index}")),
         service_type: ServiceType::ClusterIp,
-        cluster_ips: vec![[10, 96, (index >> 8) as u8, index as u8].into()],
+        cluster_ips: vec![std::net::Ipv4Addr::from(0x0a60_0000 + index).into()],
         external_ips: Vec::new(),
         load_balancer_ingress: Vec::new(),
         ports: vec![ServicePort {
@@ -98,7 +98,7 @@ fn service(index: u16) -> Service {
     }
 }
 
-fn state(services: u16) -> State {
+fn state(services: u32) -> State {
     let mut state = State::default();
     for resource in (0..services).map(service).map(Resource::from) {
         assert!(state.upsert(resource.version(), resource));
