@@ -1,1 +1,16 @@
-//! lockstep-kernel
+//! The only crate that touches the kernel.
+//!
+//! ```text
+//! backend-nftables ──> nf_tables: Batch, dumps ──> netlink: one long-lived socket
+//!                             └── fake: the same kernel, in memory
+//! ```
+//!
+//! It knows messages, attributes and errnos. It knows no Service, no plan and no policy.
+#![allow(unsafe_code)] // the one crate that may; every block says why it is sound
+
+mod errno;
+pub mod netlink;
+pub mod netns;
+pub mod nf_tables;
+
+pub use errno::Errno;

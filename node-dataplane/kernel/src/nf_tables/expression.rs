@@ -1,0 +1,261 @@
+use crate::netlink::attr::Attributes;
+
+/// One expression of a rule: the kernel's own instruction set, as far as it is used here.
+///
+/// Registers are numbered as the kernel reports them: 1 to 4 for the 16-byte ones, 9 to 23
+/// for the 4-byte ones inside them that do not begin one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Expression {
+    /// Loads bytes of the packet.
+    Payload {
+        /// Which header.
+        base: PayloadBase,
+        /// First byte in it.
+        offset: u32,
+        /// How many.
+        length: u32,
+        /// Register to load.
+        to: u32,
+    },
+    /// Loads packet metadata.
+    Meta {
+        /// `NFT_META_*`.
+        key: u32,
+        /// Register to load.
+        to: u32,
+    },
+    /// Sets packet metadata.
+    SetMeta {
+        /// `NFT_META_*`.
+        key: u32,
+        /// Register to read.
+        from: u32,
+    },
+    /// Loads a property of the connection.
+    Ct {
+        /// `NFT_CT_*`.
+        key: u32,
+        /// Register to load.
+        to: u32,
+    },
+    /// Goes on only where the comparison holds.
+    Cmp {
+        /// Register to read.
+        from: u32,
+        /// How to compare.
+        op: CmpOp,
+        /// What with.
+        data: Vec<u8>,
+    },
+    /// `to = (from & mask) ^ xor`.
+    Bitwise {
+        /// Register to read.
+        from: u32,
+        /// Register to load.
+        to: u32,
+        /// The mask.
+        mask: Vec<u8>,
+        /// The bits to flip.
+        xor: Vec<u8>,
+    },
+    /// Goes on only where the set has the key; loads the data of a map.
+    Lookup {
+        /// Name of the set or map.
+        set: String,
+        /// First register of the key.
+        from: u32,
+        /// First register for the data; 0 = the data is a verdict.
+        to: Option<u32>,
+        /// Goes on where the set does *not* have the key.
+        invert: bool,
+    },
+    /// Ends with a verdict.
+    Verdict(Verdict),
+    /// Loads a random number below `modulus`.
+    Random {
+        /// Register to load.
+        to: u32,
+        /// Upper limit, not reached.
+        modulus: u32,
+    },
+    /// Loads the type of an address as routing sees it.
+    FibAddressType {
+        /// Register to load.
+        to: u32,
+        /// `NFTA_FIB_F_*`: which address.
+        flags: u32,
+    },
+    /// Destination NAT.
+    Dnat {
+        /// `NFPROTO_*`.
+        family: u32,
+        /// Register with the address.
+        address: u32,
+        /// Register with the port.
+        port: u32,
+    },
+    /// Source NAT to the address of the outgoing interface.
+    Masquerade {
+        /// `NF_NAT_RANGE_*`.
+        flags: u32,
+    },
+    /// Answers with an ICMP error of type "unreachable".
+    RejectIcmp {
+        /// Its code.
+        code: u8,
+    },
+    /// Anything else, as the kernel reports it. Can be compared, not written.
+    Other {
+        /// Its name.
+        name: String,
+        /// Its attributes.
+        data: Vec<u8>,
+    },
+}
+
+/// A header of the packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum PayloadBase {
+    /// The IP header.
+    Network = 1,
+    /// The TCP, UDP or SCTP header.
+    Transport = 2,
+}
+
+/// A comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum CmpOp {
+    /// Equal.
+    Eq = 0,
+    /// Not equal.
+    Neq = 1,
+}
+
+/// Where a packet goes from a rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Dropped.
+    Drop,
+    /// Accepted by this base chain.
+    Accept,
+    /// Back to the calling chain.
+    Return,
+    /// Into a chain, and back here after it.
+    Jump(String),
+    /// Into a chain, and not back here.
+    Goto(String),
+}
+
+impl Verdict {
+    /// The kernel's number for it.
+    pub fn code(&self) -> i32 {
+        match self {
+            Verdict::Drop => libc::NF_DROP,
+            Verdict::Accept => libc::NF_ACCEPT,
+            Verdict::Return => libc::NFT_RETURN,
+            Verdict::Jump(_) => libc::NFT_JUMP,
+            Verdict::Goto(_) => libc::NFT_GOTO,
+        }
+    }
+
+    /// The chain that it names.
+    pub fn chain(&self) -> Option<&str> {
+        match self {
+            Verdict::Jump(chain) | Verdict::Goto(chain) => Some(chain),
+            _ => None,
+        }
+    }
+
+    pub(super) fn decode(attributes: &Attributes<'_>) -> Option<Self> {
+        let code = attributes.get(1)?.u32_be().cast_signed();
+        let chain = || attributes.get(2).map(|name| name.text().to_owned());
+        match code {
+            libc::NF_DROP => Some(Verdict::Drop),
+            libc::NF_ACCEPT => Some(Verdict::Accept),
+            libc::NFT_RETURN => Some(Verdict::Return),
+            libc::NFT_JUMP => chain().map(Verdict::Jump),
+            libc::NFT_GOTO => chain().map(Verdict::Goto),
+            _ => None,
+        }
+    }
+}
+
+/// `NFT_FIB_RESULT_ADDRTYPE`.
+pub(super) const FIB_ADDRESS_TYPE: u32 = 3;
+/// `NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED`: the kernel sets both where both
+/// registers are given, and reports them.
+pub(super) const NAT_FLAGS: u32 = 3;
+
+impl Expression {
+    /// Reads one expression as the kernel reports it.
+    pub(super) fn decode(attributes: &Attributes<'_>) -> Option<Self> {
+        let name = attributes.get(1)?.text();
+        let raw = attributes.get(2).map_or(&[][..], |data| data.value);
+        let data = Attributes::of(raw);
+        let other = || Expression::Other { name: name.to_owned(), data: raw.to_owned() };
+        Some(Self::known(name, &data).unwrap_or_else(other))
+    }
+
+    fn known(name: &str, data: &Attributes<'_>) -> Option<Self> {
+        let number = |kind| data.get(kind).map(|attribute| attribute.u32_be());
+        let value = |kind| Some(data.get(kind)?.nested().get(1)?.value.to_owned());
+        Some(match name {
+            "payload" => Expression::Payload {
+                base: match number(2)? {
+                    1 => PayloadBase::Network,
+                    2 => PayloadBase::Transport,
+                    _ => return None,
+                },
+                offset: number(3)?,
+                length: number(4)?,
+                to: number(1)?,
+            },
+            "meta" => match (number(1), number(3)) {
+                (Some(to), None) => Expression::Meta { key: number(2)?, to },
+                (None, Some(from)) => Expression::SetMeta { key: number(2)?, from },
+                _ => return None,
+            },
+            "ct" if number(3).is_none() && number(4).is_none() => {
+                Expression::Ct { key: number(2)?, to: number(1)? }
+            }
+            "cmp" => Expression::Cmp {
+                from: number(1)?,
+                op: match number(2)? {
+                    0 => CmpOp::Eq,
+                    1 => CmpOp::Neq,
+                    _ => return None,
+                },
+                data: value(3)?,
+            },
+            "bitwise" if number(6).unwrap_or(0) == 0 => {
+                Expression::Bitwise { from: number(1)?, to: number(2)?, mask: value(4)?, xor: value(5)? }
+            }
+            "lookup" => Expression::Lookup {
+                set: data.get(1)?.text().to_owned(),
+                from: number(2)?,
+                to: number(3),
+                invert: number(5).unwrap_or(0) & 1 != 0,
+            },
+            "immediate" if number(1)? == 0 => {
+                Expression::Verdict(Verdict::decode(&data.get(2)?.nested().get(2)?.nested())?)
+            }
+            "numgen" if number(3)? == 1 && number(4).unwrap_or(0) == 0 => {
+                Expression::Random { to: number(1)?, modulus: number(2)? }
+            }
+            "fib" if number(2)? == FIB_ADDRESS_TYPE => {
+                Expression::FibAddressType { to: number(1)?, flags: number(3)? }
+            }
+            "nat" if number(1)? == 1 && number(7).unwrap_or(0) == NAT_FLAGS => {
+                if number(4) != number(3) || number(6) != number(5) {
+                    return None;
+                }
+                Expression::Dnat { family: number(2)?, address: number(3)?, port: number(5)? }
+            }
+            "masq" => Expression::Masquerade { flags: number(1).unwrap_or(0) },
+            "reject" if number(1)? == 0 => Expression::RejectIcmp { code: *data.get(2)?.value.first()? },
+            _ => return None,
+        })
+    }
+}
