@@ -127,3 +127,60 @@ impl fmt::Debug for Digest {
         write!(f, "Digest({self})")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{EndpointSetKey, ServiceKey};
+
+    fn key(name: &str) -> Key {
+        Key::Service(ServiceKey::new("default", name))
+    }
+
+    #[test]
+    fn one_resource_is_its_own_hash() {
+        let version = Version::of(b"content");
+        let mut digest = Digest::EMPTY;
+        digest.add(&key("web"), version);
+        let mut input = b"\x01default/web\0".to_vec();
+        input.extend_from_slice(&version.0);
+        assert_eq!(digest.to_bytes(), *blake3::hash(&input).as_bytes());
+
+        let service = ServiceKey::new("default", "web");
+        let mut digest = Digest::EMPTY;
+        digest.add(&Key::EndpointSet(EndpointSetKey::new(service, "web-x")), version);
+        let mut input = b"\x02default/web/web-x\0".to_vec();
+        input.extend_from_slice(&version.0);
+        assert_eq!(digest.to_bytes(), *blake3::hash(&input).as_bytes());
+    }
+
+    #[test]
+    fn carries_and_borrows_go_through_all_limbs() {
+        // Every limb full: adding anything must carry through, and wrap at 2^256.
+        let mut digest = Digest([u64::MAX; 4]);
+        digest.add(&key("a"), Version([0; 16]));
+        let one_less = digest;
+        let mut expected = Digest::EMPTY;
+        expected.add(&key("a"), Version([0; 16]));
+        // -1 + x == x - 1
+        expected.0[0] = expected.0[0].wrapping_sub(1);
+        assert_eq!(one_less, expected);
+        digest.remove(&key("a"), Version([0; 16]));
+        assert_eq!(digest, Digest([u64::MAX; 4]));
+
+        let mut digest = Digest::EMPTY;
+        digest.remove(&key("a"), Version([0; 16]));
+        digest.add(&key("a"), Version([0; 16]));
+        assert_eq!(digest, Digest::EMPTY);
+    }
+
+    #[test]
+    fn wire_form_goes_both_ways() {
+        let digest = Digest([1, 2, 3, u64::MAX]);
+        assert_eq!(Digest::from_bytes(&digest.to_bytes()), Some(digest));
+        assert_eq!(digest.to_bytes()[..9], [1, 0, 0, 0, 0, 0, 0, 0, 2], "little-endian");
+        assert_eq!(Digest::from_bytes(&[0; 31]), None);
+        assert_eq!(Version::from_bytes(&[0; 17]), None);
+        assert_eq!(Version([0xab; 16]).to_string(), "ab".repeat(16));
+    }
+}

@@ -103,3 +103,27 @@ impl fmt::Display for Key {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_form_goes_both_ways() {
+        for (kind, text) in [(Kind::Service, "default/web"), (Kind::EndpointSet, "default/web/web-x7k2p")] {
+            let key = Key::parse(kind, text).unwrap();
+            assert_eq!((key.kind(), key.to_string()), (kind, text.to_owned()));
+            assert_eq!(key.service(), &ServiceKey::new("default", "web"));
+        }
+    }
+
+    #[test]
+    fn keys_have_exactly_their_parts() {
+        for text in ["", "web", "default/", "/web", "default/web/", "default/web/x"] {
+            assert_eq!(Key::parse(Kind::Service, text), None, "{text:?}");
+        }
+        for text in ["default/web", "default/web/", "default//x", "a/b/c/d"] {
+            assert_eq!(Key::parse(Kind::EndpointSet, text), None, "{text:?}");
+        }
+    }
+}

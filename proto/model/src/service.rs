@@ -178,7 +178,8 @@ impl fmt::Display for Protocol {
 }
 
 impl Service {
-    /// Brings the fields into canonical order and drops duplicates. Two ports with the same
+    /// Brings the fields into canonical order and drops duplicates; an empty text means the same
+    /// as none, and host bits of ranges are cleared. Two ports with the same
     /// name or the same (protocol, port) are not duplicates but a fault, which the reader of
     /// the object reports; this keeps both.
     pub fn canonicalise(&mut self) {
@@ -186,6 +187,9 @@ impl Service {
         self.external_ips.dedup();
         self.load_balancer_ingress.sort_unstable();
         self.load_balancer_ingress.dedup_by_key(|ingress| ingress.ip);
+        for port in &mut self.ports {
+            port.app_protocol.take_if(|protocol| protocol.is_empty());
+        }
         self.ports.sort_unstable();
         self.load_balancer_source_ranges = std::mem::take(&mut self.load_balancer_source_ranges)
             .into_iter()
@@ -204,5 +208,81 @@ impl Service {
             (Feature::SourceRanges, !self.load_balancer_source_ranges.is_empty()),
         ];
         needed.into_iter().filter_map(|(feature, needed)| needed.then_some(feature)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port(protocol: Protocol, number: u16, name: &str) -> ServicePort {
+        ServicePort {
+            protocol,
+            port: Port::new(number).unwrap(),
+            name: name.into(),
+            node_port: None,
+            app_protocol: None,
+        }
+    }
+
+    fn service() -> Service {
+        Service {
+            key: ServiceKey::new("default", "web"),
+            service_type: ServiceType::LoadBalancer,
+            cluster_ips: vec!["fd00::1".parse().unwrap(), "10.96.0.1".parse().unwrap()],
+            external_ips: Vec::new(),
+            load_balancer_ingress: Vec::new(),
+            ports: vec![port(Protocol::Tcp, 80, "http")],
+            internal_traffic_policy: TrafficPolicy::Cluster,
+            external_traffic_policy: TrafficPolicy::Local,
+            traffic_distribution: None,
+            client_ip_affinity_seconds: None,
+            load_balancer_source_ranges: Vec::new(),
+            health_check_node_port: None,
+            publish_not_ready_addresses: false,
+        }
+    }
+
+    #[test]
+    fn canonical_order() {
+        let mut it = service();
+        it.external_ips = ["::1", "9.0.0.1", "10.0.0.1", "9.0.0.1"].map(|ip| ip.parse().unwrap()).to_vec();
+        it.ports = vec![
+            port(Protocol::Udp, 53, "dns"),
+            port(Protocol::Tcp, 443, "https"),
+            port(Protocol::Tcp, 53, "dns-tcp"),
+        ];
+        it.ports[0].app_protocol = Some("".into());
+        let ranges = ["fd00::/8", "10.1.2.3/8", "10.0.0.0/8", "10.0.0.0/16"];
+        it.load_balancer_source_ranges = ranges.map(|range| range.parse().unwrap()).to_vec();
+        let ingress = |ip: &str, proxy_mode| LoadBalancerIngress { ip: ip.parse().unwrap(), proxy_mode };
+        it.load_balancer_ingress =
+            vec![ingress("192.0.2.2", true), ingress("192.0.2.1", false), ingress("192.0.2.2", false)];
+        it.canonicalise();
+
+        assert_eq!(it.cluster_ips, service().cluster_ips, "the first one is the primary family");
+        assert_eq!(
+            it.external_ips.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["9.0.0.1", "10.0.0.1", "::1"]
+        );
+        let names: Vec<_> = it.ports.iter().map(|port| &*port.name).collect();
+        assert_eq!(names, ["dns-tcp", "https", "dns"]);
+        assert_eq!(it.ports[2].app_protocol, None);
+        let ranges: Vec<_> = it.load_balancer_source_ranges.iter().map(ToString::to_string).collect();
+        assert_eq!(ranges, ["10.0.0.0/8", "10.0.0.0/16", "fd00::/8"]);
+        assert_eq!(it.load_balancer_ingress, [ingress("192.0.2.1", false), ingress("192.0.2.2", false)]);
+    }
+
+    #[test]
+    fn features_follow_from_the_fields() {
+        let mut it = service();
+        assert_eq!(it.required_features(), []);
+        it.load_balancer_source_ranges = vec!["10.0.0.0/8".parse().unwrap()];
+        it.load_balancer_ingress =
+            vec![LoadBalancerIngress { ip: "192.0.2.1".parse().unwrap(), proxy_mode: true }];
+        it.client_ip_affinity_seconds = Some(1);
+        it.ports.push(port(Protocol::Sctp, 80, "sctp"));
+        let all = [Feature::Sctp, Feature::SessionAffinity, Feature::LbProxyMode, Feature::SourceRanges];
+        assert_eq!(it.required_features(), all);
     }
 }

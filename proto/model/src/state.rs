@@ -76,7 +76,8 @@ impl State {
     }
 
     /// Puts a resource in, in place of the one with its key. False where that one had the
-    /// same version: nothing changed.
+    /// same version: nothing changed. `version` is that of the canonical bytes the resource
+    /// was sent in, which this does not check.
     pub fn upsert(&mut self, version: Version, resource: Resource) -> bool {
         let key = resource.key();
         let entry = self.entries.entry(key.service().clone()).or_default();
@@ -124,5 +125,87 @@ impl State {
 impl Entry {
     fn find(&self, slice: &str) -> Result<usize, usize> {
         self.sets.binary_search_by(|(_, set)| (*set.key.slice).cmp(slice))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{EndpointSetKey, Family};
+
+    fn set(service: u8, slice: u8) -> EndpointSet {
+        let service = ServiceKey::new("default", format!("s{service}"));
+        let key = EndpointSetKey::new(service, format!("x{slice}"));
+        EndpointSet { key, family: Family::V4, ports: Vec::new(), endpoints: Vec::new() }
+    }
+
+    fn version(number: u8) -> Version {
+        Version([number; 16])
+    }
+
+    #[test]
+    fn a_state_knows_what_it_holds() {
+        let mut state = State::default();
+        assert!(state.is_empty());
+        assert!(state.upsert(version(1), set(1, 2).into()));
+        assert!(state.upsert(version(1), set(1, 1).into()));
+        assert!(!state.upsert(version(1), set(1, 1).into()), "the same version again");
+        let service = &set(1, 1).key.service;
+        let slices: Vec<_> = state.endpoint_sets(service).map(|set| set.key.slice.to_string()).collect();
+        assert_eq!(slices, ["x1", "x2"], "sorted");
+        assert_eq!(state.service(service), None, "endpoints without their Service");
+        assert_eq!((state.len(), state.service_keys().count(), state.resources().count()), (2, 1, 2));
+
+        let key = Key::EndpointSet(set(1, 1).key);
+        assert_eq!(state.get(&key).map(|(version, _)| version), Some(version(1)));
+        assert!(state.remove(&key) && !state.remove(&key));
+        assert!(!state.remove(&Key::Service(service.clone())), "not there, though its endpoints are");
+        assert!(state.remove(&Key::EndpointSet(set(1, 2).key)));
+        assert_eq!((state.digest(), state.service_keys().count()), (Digest::EMPTY, 0));
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Upsert(u8, u8, u8),
+        Remove(u8, u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => (0..4u8, 0..4u8, 0..3u8).prop_map(|(service, slice, version)| Step::Upsert(service, slice, version)),
+            1 => (0..4u8, 0..4u8).prop_map(|(service, slice)| Step::Remove(service, slice)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn digest_depends_on_the_content_alone(history in prop::collection::vec(step(), 0..60), seed: u64) {
+            let mut lived = State::default();
+            let mut expected = HashMap::new();
+            for step in &history {
+                match *step {
+                    Step::Upsert(service, slice, number) => {
+                        let before = expected.insert((service, slice), number);
+                        let changed = lived.upsert(version(number), set(service, slice).into());
+                        prop_assert_eq!(changed, before != Some(number));
+                    }
+                    Step::Remove(service, slice) => {
+                        let there = expected.remove(&(service, slice)).is_some();
+                        prop_assert_eq!(lived.remove(&Key::EndpointSet(set(service, slice).key)), there);
+                    }
+                }
+            }
+            let mut content: Vec<_> = expected.into_iter().collect();
+            content.sort_by_key(|((service, slice), _)| seed.rotate_left(u32::from(service * 16 + slice)));
+            let mut fresh = State::default();
+            for ((service, slice), number) in content {
+                fresh.upsert(version(number), set(service, slice).into());
+            }
+            prop_assert_eq!(lived.digest(), fresh.digest());
+            prop_assert_eq!(lived.len(), fresh.len());
+            prop_assert_eq!(lived.resources().count() as u64, lived.len());
+        }
     }
 }

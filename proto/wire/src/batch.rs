@@ -12,9 +12,8 @@ use crate::{convert, raw, v1};
 /// Largest message, as it is sent.
 pub const MAX_MESSAGE_BYTES: usize = 1024 * 1024;
 
-/// Largest body of one resource, in canonical bytes; leaves room in a message for all else. The
-/// source keeps larger objects in quarantine.
-pub const MAX_RESOURCE_BYTES: usize = 768 * 1024;
+/// Largest body of one resource; leaves room in a message for all else.
+pub const MAX_RESOURCE_BYTES: usize = lockstep_model::canonical::MAX_BYTES;
 
 /// Largest batch after decompression that a client accepts.
 pub const MAX_UNCOMPRESSED_BYTES: usize = 4 * 1024 * 1024;
