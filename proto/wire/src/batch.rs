@@ -237,6 +237,11 @@ fn put_bytes(out: &mut Vec<u8>, field: u32, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
+/// Reads a message of the server that was kept as bytes. The bodies share the buffer.
+pub fn decode_response(bytes: Bytes) -> Result<raw::SyncResponse, prost::DecodeError> {
+    raw::SyncResponse::decode(bytes)
+}
+
 /// Why the payload of an update is no batch.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {

@@ -180,14 +180,17 @@ pub fn decode_patch(patch: &raw::EndpointPatch, interner: &mut Interner) -> Resu
 /// even the key can be read.
 pub fn decode_key(kind: Kind, bytes: &[u8]) -> Option<Key> {
     let mut parts: [Option<&str>; 3] = [None; 3];
+    let count = match kind {
+        Kind::Service => 2,
+        Kind::EndpointSet => 3,
+    };
     let mut fields = Fields::new(bytes, &[], 3);
-    while let Ok(Some((number @ 1..=3, value))) = fields.next() {
+    while parts[..count].contains(&None)
+        && let Ok(Some((number @ 1..=3, value))) = fields.next()
+    {
         let text = value.text("").ok()?;
         check_name("", text).ok()?;
         parts[number as usize - 1] = Some(text);
-        if number as usize == parts.len() {
-            break;
-        }
     }
     let service = ServiceKey::new(parts[0]?, parts[1]?);
     Some(match kind {
