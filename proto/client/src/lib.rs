@@ -15,7 +15,7 @@
 //! * [`Session`] is a synchronous state machine: bytes and time go in, state and requests come
 //!   out. It has no clock, no task and no socket, so it behaves the same in an agent, in a
 //!   simulator with thousands of nodes and in a test.
-//! * `transport` is the edge: everything that needs tokio.
+//! * [`transport`] is the edge: everything that needs tokio.
 //! * [`cache`] keeps the held state on disk.
 //!
 //! This crate knows nothing of kernels, plans or proxies: what a report means for traffic is the
@@ -28,6 +28,7 @@ pub mod report;
 pub mod session;
 #[cfg(test)]
 mod testing;
+pub mod transport;
 
 pub use position::Position;
 pub use report::{Failure, FailureReason, InForce, Report};

@@ -129,12 +129,20 @@ impl Report {
         } else {
             v1::Outcome::Verified
         };
-        let digest = self.applied.unwrap_or_default().digest;
+        let applied = Position {
+            epoch: received.epoch,
+            seq: applied_seq,
+            digest: self.applied.unwrap_or_default().digest,
+        };
+        let mut position = applied.to_wire(resources);
+        if applied_seq == 0 {
+            position.digest.clear();
+        }
         v1::Ack {
             received_seq: received.seq,
             applied_seq,
             verified_seq,
-            position: Some(Position { epoch: received.epoch, seq: applied_seq, digest }.to_wire(resources)),
+            position: Some(position),
             outcome: outcome as i32,
             failures: failures.iter().take(MAX_FAILURES).map(|failure| failure.to_wire()).collect(),
             failures_truncated: u32::try_from(truncated).unwrap_or(u32::MAX),

@@ -9,6 +9,7 @@ use lockstep_model::{
     Protocol, Resource, Service, ServiceKey, ServicePort, ServiceType, State, TrafficPolicy, Version,
 };
 use lockstep_wire::batch::{self, UpdateWriter};
+use lockstep_wire::frame::Frame;
 use lockstep_wire::{convert, raw, v1};
 
 use crate::session::{Identity, Now, Session};
@@ -144,15 +145,20 @@ impl Server {
     }
 
     pub(crate) fn welcome(&self, mode: v1::ResumeMode) -> raw::SyncResponse {
+        batch::decode_response(self.welcome_frame(mode).into()).unwrap()
+    }
+
+    pub(crate) fn welcome_frame(&self, mode: v1::ResumeMode) -> Frame {
         let node = NodeContext { uid: Some("uid".into()), ..NodeContext::unknown("node-a") };
-        decoded(v1::sync_response::Kind::Welcome(v1::Welcome {
+        let kind = v1::sync_response::Kind::Welcome(v1::Welcome {
             protocol: 1,
             resume_mode: mode as i32,
             head: Some(self.position(self.seq()).to_wire(0)),
             heartbeat_interval: Some(Duration::from_secs(5).try_into().unwrap()),
             node_context: Some(convert::node_context_to_wire(&node)),
             ..Default::default()
-        }))
+        });
+        Frame::of(&v1::SyncResponse { kind: Some(kind) })
     }
 
     pub(crate) fn heartbeat(&self) -> raw::SyncResponse {
@@ -175,11 +181,15 @@ impl Server {
 
     /// The whole head.
     pub(crate) fn full(&self) -> Vec<raw::SyncResponse> {
+        decode(self.full_frames())
+    }
+
+    pub(crate) fn full_frames(&self) -> Vec<Frame> {
         let mut writer = self.writer(None, self.seq(), true);
         for (version, resource) in sorted(self.head()) {
             writer.upsert(resource.key().kind(), version, &resource.canonical()).unwrap();
         }
-        finish(writer)
+        writer.finish()
     }
 
     /// What changed between two states, with patches where wanted and possible.
@@ -240,11 +250,15 @@ fn sorted(state: &State) -> Vec<(Version, Resource)> {
 }
 
 fn finish(writer: UpdateWriter) -> Vec<raw::SyncResponse> {
-    writer.finish().into_iter().map(|frame| batch::decode_response(frame.into()).unwrap()).collect()
+    decode(writer.finish())
+}
+
+fn decode(frames: Vec<Frame>) -> Vec<raw::SyncResponse> {
+    frames.into_iter().map(|frame| batch::decode_response(frame.into()).unwrap()).collect()
 }
 
 pub(crate) fn decoded(kind: v1::sync_response::Kind) -> raw::SyncResponse {
-    let frame = lockstep_wire::frame::Frame::of(&v1::SyncResponse { kind: Some(kind) });
+    let frame = Frame::of(&v1::SyncResponse { kind: Some(kind) });
     batch::decode_response(frame.into()).unwrap()
 }
 
