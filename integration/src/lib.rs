@@ -1,1 +1,3 @@
-//! lockstep-integration
+//! What integration tests stand on: real programs, started and ended with the test.
+
+pub mod apiserver;

@@ -214,7 +214,8 @@ impl Directory {
         let fault = InvalidField { field: String::new(), value: name.to_owned(), reason };
         let file = self.files.entry(name.to_owned()).or_default();
         if file.fault.as_ref() != Some(&fault) {
-            self.batch.quarantine(file_name(name), fault.clone(), file.content.is_some());
+            let told = file.fault.is_some();
+            self.batch.quarantine(file_name(name), fault.clone(), file.content.is_some(), told);
             file.fault = Some(fault);
         }
     }

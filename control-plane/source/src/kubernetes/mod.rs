@@ -242,12 +242,13 @@ impl Intake {
             self.signal(signal);
         }
         alive &= self.told_alive.is_none_or(|told| told.elapsed() >= ALIVE_EVERY);
+        let synced = was_waiting && self.missing.is_empty();
         let mut events = Vec::new();
         // Most updates of Nodes change nothing for us: their revisions wait for company.
-        if alive || self.batch.len() > 0 {
+        if alive || synced || !self.batch.is_empty() {
             events.extend(self.batch.finish().map(Event::Changes));
         }
-        if was_waiting && self.missing.is_empty() {
+        if synced {
             tracing::info!("services, endpointslices and nodes are listed");
             events.push(Event::Synced);
         } else if self.missing != was_missing {
@@ -264,8 +265,9 @@ impl Intake {
         let tracker = &mut self.trackers[signal.which as usize];
         match signal.news {
             News::ListBegan => tracker.begin_list(),
-            News::ListDone => {
+            News::ListDone(revision) => {
                 tracker.end_list(&mut self.batch);
+                self.batch.revision(signal.which.name(), revision);
                 self.missing.remove(&signal.which);
             }
             // How long ago the change happened that a list shows says nothing about us.

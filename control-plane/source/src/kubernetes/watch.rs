@@ -45,8 +45,8 @@ pub(super) enum News<K> {
     ListBegan,
     /// An object of the list.
     Listed(K),
-    /// The list is complete.
-    ListDone,
+    /// The list is complete, as of this revision.
+    ListDone(String),
     /// An object is new or has changed.
     Applied(K),
     /// An object is gone.
@@ -204,13 +204,14 @@ where
             WatchEvent::Bookmark(bookmark) => {
                 let revision = bookmark.metadata.resource_version;
                 let complete = bookmark.metadata.annotations.contains_key("k8s.io/initial-events-end");
-                if listing && complete {
-                    self.tell(News::ListDone).await?;
-                }
                 if !listing || complete {
                     progress.revision = Some(revision.clone());
                 }
-                (News::Revision(revision), None)
+                match (listing, complete) {
+                    (true, true) => (News::ListDone(revision), None),
+                    (true, false) => return Ok(()),
+                    (false, _) => (News::Revision(revision), None),
+                }
             }
             WatchEvent::Added(object) | WatchEvent::Modified(object) if listing => {
                 (News::Listed(object), None)
@@ -258,8 +259,7 @@ where
             let revision = page.metadata.resource_version.filter(|revision| !revision.is_empty());
             let revision = revision.ok_or_else(|| Stop::Fault("the list has no resourceVersion".into()))?;
             progress.revision = Some(revision.clone());
-            self.tell(News::ListDone).await?;
-            return self.tell(News::Revision(revision)).await;
+            return self.tell(News::ListDone(revision)).await;
         }
     }
 
@@ -267,7 +267,7 @@ where
         let news = match news {
             News::ListBegan => News::ListBegan,
             News::Listed(object) => News::Listed((self.wrap)(object)),
-            News::ListDone => News::ListDone,
+            News::ListDone(revision) => News::ListDone(revision),
             News::Applied(object) => News::Applied((self.wrap)(object)),
             News::Deleted(object) => News::Deleted((self.wrap)(object)),
             News::Revision(revision) => News::Revision(revision),
