@@ -179,23 +179,21 @@ pub fn decode_patch(patch: &raw::EndpointPatch, interner: &mut Interner) -> Resu
 /// Reads nothing but the key of a resource: to name one whose body is at fault. `None` where not
 /// even the key can be read.
 pub fn decode_key(kind: Kind, bytes: &[u8]) -> Option<Key> {
-    let mut parts: [Option<&str>; 3] = [None; 3];
+    let mut parts = [""; 3];
     let count = match kind {
         Kind::Service => 2,
         Kind::EndpointSet => 3,
     };
     let mut fields = Fields::new(bytes, &[], 3);
-    while parts[..count].contains(&None)
-        && let Ok(Some((number @ 1..=3, value))) = fields.next()
-    {
-        let text = value.text("").ok()?;
-        check_name("", text).ok()?;
-        parts[number as usize - 1] = Some(text);
+    for (number, part) in (1..).zip(&mut parts[..count]) {
+        let (_, value) = fields.next().ok()?.filter(|(field, _)| *field == number)?;
+        *part = value.text("").ok()?;
+        check_name("", part).ok()?;
     }
-    let service = ServiceKey::new(parts[0]?, parts[1]?);
+    let service = ServiceKey::new(parts[0], parts[1]);
     Some(match kind {
         Kind::Service => Key::Service(service),
-        Kind::EndpointSet => Key::EndpointSet(EndpointSetKey::new(service, parts[2]?)),
+        Kind::EndpointSet => Key::EndpointSet(EndpointSetKey::new(service, parts[2])),
     })
 }
 
