@@ -186,7 +186,9 @@ impl SnapshotWriter {
     fn push(&mut self, batch: &[u8]) {
         let mut response = Vec::with_capacity(self.head.len() + batch.len() + 8);
         response.extend_from_slice(&self.head);
-        put_bytes(&mut response, 2, batch);
+        if !batch.is_empty() {
+            put_bytes(&mut response, 2, batch);
+        }
         self.frames.push(Frame::from_encoded(response));
     }
 }

@@ -26,7 +26,7 @@ mod fields;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
     /// Not the canonical encoding of any message. For an Ack: `FAILURE_REASON_DECODE`.
-    #[error("{field}: {reason}")]
+    #[error("{}: {reason}", if field.is_empty() { "body" } else { field })]
     Malformed {
         /// Path of the field, in the names of the `.proto` files; empty = the whole.
         field: String,
@@ -130,7 +130,8 @@ pub fn decode_endpoint_set(bytes: &[u8], interner: &mut Interner) -> Result<Endp
                 }
                 let at = || format!("endpoints[{}]", endpoints.len());
                 let endpoint = endpoint(value.bytes("endpoints")?, interner).map_err(|e| e.inside(at()))?;
-                let wrong = if set_family != Some(Family::of(endpoint.address)) {
+                let family = present("family", set_family)?;
+                let wrong = if family != Family::of(endpoint.address) {
                     "is not of the family of the set"
                 } else if endpoints.last().is_some_and(|last| last.address >= endpoint.address) {
                     "is not in order, or twice"
