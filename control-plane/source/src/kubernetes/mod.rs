@@ -40,6 +40,7 @@ const NOT_HEADLESS: &str = "spec.clusterIP!=None";
 
 /// Signals between the watches and the batch, and most of them in one batch.
 const SIGNALS: usize = 1024;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// [`Event::Alive`] is told at most this often.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// Names nobody uses any more are dropped after so many deletions.
@@ -76,11 +77,19 @@ pub async fn connect(kubeconfig: Option<&Path>) -> Result<Client, ConnectError> 
             kube::Config::from_custom_kubeconfig(file, &options).await.map_err(wrong)?
         }
     };
+    client(config)
+}
+
+/// The client's own retries are off: they would hide for minutes what is to be told at once,
+/// and the watches have a backoff that knows when a list was complete.
+fn client(mut config: kube::Config) -> Result<Client, ConnectError> {
+    config.default_retry = false;
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
     Client::try_from(config).map_err(|error| ConnectError::Client(Box::new(error)))
 }
 
 /// Watches Services, EndpointSlices and Nodes until the receiver of `events` is gone, then
-/// returns. An API server that cannot be reached is no error: it is tried again for ever,
+/// returns. Take a client from [`connect`]. An API server that cannot be reached is no error: it is tried again for ever,
 /// and until the first lists are complete [`Event::NotSynced`] says why they are not.
 ///
 /// Dropping the future ends everything it started.

@@ -26,8 +26,8 @@ const WATCH_SECONDS: u32 = 290;
 const WATCH_SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
 /// A server that sends nothing of a streaming list for so long does not know what one is.
 const LIST_SILENCE: Duration = Duration::from_secs(30);
-/// A list page that takes longer is asked for again.
-const PAGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// A page of a list, or the beginning of a watch, that takes longer is asked for again.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const PAGE_SIZE: u32 = 500;
 const BACKOFF: std::ops::Range<Duration> = Duration::from_millis(100)..Duration::from_secs(5);
 
@@ -157,7 +157,7 @@ where
             send_initial_events: false,
         };
         if let Some(revision) = &progress.revision {
-            let stream = self.api.watch(&parameters, revision).await.map_err(|error| self.stop(error))?;
+            let stream = self.answered(self.api.watch(&parameters, revision)).await?;
             return self.follow(stream, progress).await;
         }
         if !progress.streaming {
@@ -165,7 +165,7 @@ where
         }
         // No revision means: as of now. "0" would do with what a server that lags remembers.
         parameters.send_initial_events = true;
-        let stream = self.api.watch(&parameters, "").await.map_err(|error| self.stop(error))?;
+        let stream = self.answered(self.api.watch(&parameters, "")).await?;
         self.tell(News::ListBegan).await?;
         self.follow(stream, progress).await
     }
@@ -245,9 +245,7 @@ where
         };
         self.tell(News::ListBegan).await?;
         loop {
-            let page = tokio::time::timeout(PAGE_TIMEOUT, self.api.list(&parameters)).await;
-            let page = page.map_err(|_| Stop::Fault("a page of the list does not come".into()))?;
-            let page = page.map_err(|error| self.stop(error))?;
+            let page = self.answered(self.api.list(&parameters)).await?;
             progress.heard = true;
             for object in page.items {
                 self.tell(News::Listed(object)).await?;
@@ -260,6 +258,14 @@ where
             let revision = revision.ok_or_else(|| Stop::Fault("the list has no resourceVersion".into()))?;
             progress.revision = Some(revision.clone());
             return self.tell(News::ListDone(revision)).await;
+        }
+    }
+
+    /// A request's answer, or why there is none.
+    async fn answered<R>(&self, request: impl Future<Output = kube::Result<R>>) -> Result<R, Stop> {
+        match tokio::time::timeout(ANSWER_TIMEOUT, request).await {
+            Ok(answer) => answer.map_err(|error| self.stop(error)),
+            Err(_) => Err(Stop::Fault(format!("the API server does not answer within {ANSWER_TIMEOUT:?}"))),
         }
     }
 
