@@ -276,3 +276,19 @@ fn vectors_set_every_field() {
     let keys: BTreeSet<Key> = objects().values().map(|object| object.resource.key()).collect();
     assert!(keys.len() < objects().len(), "two versions of one resource");
 }
+
+/// The document works one vector out by hand.
+#[test]
+fn the_document_says_what_the_vectors_say() {
+    let document = String::from_utf8(golden::read("../../docs/protocol.md").unwrap()).unwrap();
+    let vector =
+        entries("vectors/objects.json").into_iter().find(|entry| text(entry, "name") == "no-address-no-port");
+    let vector = vector.unwrap();
+    for field in ["version", "digest"] {
+        assert!(document.contains(&format!("`{}`", text(&vector, field))), "{field} of no-address-no-port");
+    }
+    let start = document.find("| bytes | field |").unwrap();
+    let table = document[start..].lines().take_while(|line| line.starts_with('|'));
+    let cell = |line: &str| line.split('`').nth(1).unwrap_or_default().replace(' ', "");
+    assert_eq!(table.skip(2).map(cell).collect::<String>(), text(&vector, "canonical"));
+}
