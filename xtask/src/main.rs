@@ -1,2 +1,114 @@
-//! Every chore of the project as `cargo xtask <verb>`.
-fn main() {}
+//! Every chore of the project as `cargo xtask VERB`.
+//!
+//! Builds with nothing but Rust and has no dependencies, so that on a bare machine it can
+//! install what everything else needs:
+//!
+//! ```text
+//! setup: system packages, peers (etcd, kube-apiserver, grpcurl), cargo tools
+//!   -> build: the whole workspace, once -> parts: each one a list of steps -> summary
+//! ```
+//!
+//! Knows the names of crates, tests and tools; knows nothing of what is inside them.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for people at a terminal")]
+
+mod build;
+mod layering;
+mod parts;
+mod process;
+mod setup;
+mod summary;
+mod tidy;
+
+use std::process::ExitCode;
+
+use process::{Failure, cargo, root};
+
+const USAGE: &str = "\
+Every chore of the project.
+
+Usage: cargo xtask VERB [ARGUMENTS]
+
+  setup            install what demo and tests need; says first what that is
+  demo [--keep]    the whole product on this machine: three nodes, real traffic
+  test [PART...]   set-up and every test, or only these parts
+  tidy             the same as `test tidy`: formatting, lints, layering, file sizes
+  bless            write the golden files anew from what the code does now
+  bench [ARGS]     measure; arguments go to lockstep-bench
+  help             this text
+
+Parts of `test`, each runnable alone:
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (verb, rest) = match arguments.split_first() {
+        Some((verb, rest)) => (verb.as_str(), rest),
+        None => ("", [].as_slice()),
+    };
+    let outcome = match verb {
+        "setup" => setup::everything().map(drop),
+        "demo" => demo(rest),
+        "test" => parts::test(rest),
+        "tidy" => parts::test(&["tidy".to_owned()]),
+        "bless" => parts::bless(),
+        "bench" => bench(rest),
+        "help" | "--help" | "-h" => {
+            print!("{}", usage());
+            return ExitCode::SUCCESS;
+        }
+        "" => {
+            eprint!("{}", usage());
+            return ExitCode::from(2);
+        }
+        unknown => {
+            eprintln!("unknown verb `{unknown}`\n\n{}", usage());
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(message)) => {
+            eprintln!("{message}\n\n{}", usage());
+            ExitCode::from(2)
+        }
+        Err(failure) => {
+            eprintln!("cargo xtask {verb}: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage() -> String {
+    let mut text = USAGE.to_owned();
+    for part in parts::PARTS {
+        let extra = if part.in_everything { "" } else { " (only when asked for)" };
+        text.push_str(&format!("  {:<16} {}{extra}\n", part.name, part.about));
+    }
+    text
+}
+
+/// Runs the demo as it is, unbuffered, with this terminal and its signals.
+fn demo(arguments: &[String]) -> Result<(), Failure> {
+    setup::packages()?;
+    let tools = setup::peers(&["grpcurl"])?;
+    build::programs()?;
+    process::run(
+        cargo()
+            .args(["run", "--quiet", "--package", "lockstep-integration", "--bin", "lockstep-demo", "--"])
+            .args(arguments)
+            .env("LOCKSTEP_PEERS_DIR", tools)
+            .current_dir(root()),
+    )
+}
+
+fn bench(arguments: &[String]) -> Result<(), Failure> {
+    setup::packages()?;
+    process::run(cargo().args(["build", "--release", "--workspace", "--bins"]).current_dir(root()))?;
+    process::run(
+        cargo()
+            .args(["run", "--release", "--package", "lockstep-integration", "--bin", "lockstep-bench", "--"])
+            .args(arguments)
+            .current_dir(root()),
+    )
+}

@@ -1,0 +1,262 @@
+//! The parts of `cargo xtask test`.
+
+use std::process::Command;
+use std::time::Instant;
+
+use crate::build::{self, Target, TestProgram};
+use crate::process::{Failure, broken, cargo, lines, run};
+use crate::summary::{Counter, Outcome, Summary};
+use crate::{setup, tidy};
+
+/// Something that can be tested alone.
+pub(crate) struct Part {
+    /// Name on the command line.
+    pub(crate) name: &'static str,
+    /// What it shows.
+    pub(crate) about: &'static str,
+    /// Whether `test` without a part runs it.
+    pub(crate) in_everything: bool,
+    steps: &'static [Step],
+    needs_root: bool,
+}
+
+/// A piece of a part.
+enum Step {
+    /// Libraries and programs from inside, and the examples in their documentation.
+    Unit,
+    /// `tests/` of these crates.
+    Outside(&'static [&'static str]),
+    /// `tests/` of every crate that no other part names.
+    Remaining,
+    /// One file in `tests/` of `integration`, with arguments; programs of the product are
+    /// built before.
+    Integration(&'static str, &'static [&'static str]),
+    Tidy,
+    Deny(&'static [&'static str]),
+}
+
+/// Every part, in the order they run: the quickest answers first.
+pub(crate) const PARTS: &[Part] = &[
+    Part {
+        name: "tidy",
+        about: "formatting, lints, docs, layering, file sizes",
+        in_everything: true,
+        steps: &[Step::Tidy],
+        needs_root: false,
+    },
+    Part {
+        name: "unit",
+        about: "tests inside the crates",
+        in_everything: true,
+        steps: &[Step::Unit],
+        needs_root: false,
+    },
+    Part {
+        name: "deny",
+        about: "licences and sources of dependencies",
+        in_everything: true,
+        steps: &[Step::Deny(&["bans", "licenses", "sources"])],
+        needs_root: false,
+    },
+    Part {
+        name: "crates",
+        about: "crates from outside, but for those below",
+        in_everything: true,
+        steps: &[Step::Remaining],
+        needs_root: true,
+    },
+    Part {
+        name: "kernel",
+        about: "netlink and namespaces on this kernel",
+        in_everything: true,
+        steps: &[Step::Outside(&["lockstep-kernel"])],
+        needs_root: true,
+    },
+    Part {
+        name: "nftables",
+        about: "the nftables backend on this kernel",
+        in_everything: true,
+        steps: &[Step::Outside(&["lockstep-backend-nftables"])],
+        needs_root: true,
+    },
+    Part {
+        name: "iptables",
+        about: "the iptables backend on this kernel",
+        in_everything: true,
+        steps: &[Step::Outside(&["lockstep-backend-iptables"])],
+        needs_root: true,
+    },
+    Part {
+        name: "apiserver",
+        about: "the Kubernetes source against a real API server",
+        in_everything: true,
+        steps: &[Step::Integration("apiserver", &[])],
+        needs_root: true,
+    },
+    Part {
+        name: "advisories",
+        about: "known faults of dependencies, from rustsec.org",
+        in_everything: false,
+        steps: &[Step::Deny(&["advisories"])],
+        needs_root: false,
+    },
+];
+
+const INTEGRATION: &str = "lockstep-integration";
+
+/// Longest time for one test program, in seconds: a hang must end as a failure.
+const TIME_LIMIT: &str = "1200";
+
+/// Runs the named parts, or set-up and everything.
+pub(crate) fn test(names: &[String]) -> Result<(), Failure> {
+    let mut chosen = Vec::new();
+    for name in names {
+        match PARTS.iter().find(|part| part.name == name) {
+            Some(part) => chosen.push(part),
+            None => return Err(Failure::Usage(format!("unknown part `{name}`"))),
+        }
+    }
+    let mut summary = Summary::default();
+    let everything = chosen.is_empty();
+    if everything {
+        timed(&mut summary, "setup", |outcome| {
+            setup::everything()?;
+            outcome.check("setup", true);
+            Ok(())
+        });
+        chosen.extend(PARTS.iter().filter(|part| part.in_everything));
+    }
+    let mut programs = None;
+    for part in chosen {
+        println!("\n== {}: {}", part.name, part.about);
+        timed(&mut summary, part.name, |outcome| {
+            if part.needs_root && !setup::is_root() {
+                return broken("needs root: it makes network namespaces");
+            }
+            part.steps.iter().try_for_each(|step| step.run(everything, &mut programs, outcome))
+        });
+    }
+    println!("{}", summary.text().trim_end());
+    if summary.good() { Ok(()) } else { broken("not everything passed") }
+}
+
+/// Writes the golden files anew.
+pub(crate) fn bless() -> Result<(), Failure> {
+    run(cargo().args(["test", "--workspace", "--lib", "golden"]).env("LOCKSTEP_BLESS", "1"))?;
+    println!("golden files are as the code is now; look at them with: git diff");
+    Ok(())
+}
+
+/// Runs one part; a failure to run is a failed check of that part, and the rest goes on.
+fn timed(summary: &mut Summary, name: &'static str, work: impl FnOnce(&mut Outcome) -> Result<(), Failure>) {
+    let start = Instant::now();
+    let mut outcome = Outcome::default();
+    if let Err(failure) = work(&mut outcome) {
+        eprintln!("{name}: {failure}");
+        outcome.failed.push(failure.to_string());
+    }
+    summary.add(name, outcome, start.elapsed());
+}
+
+impl Step {
+    fn run(
+        &self,
+        everything: bool,
+        programs: &mut Option<Vec<TestProgram>>,
+        outcome: &mut Outcome,
+    ) -> Result<(), Failure> {
+        // With everything to run, one build serves all; alone, a part builds what it needs.
+        let mut built = |packages: &[&str]| -> Result<Vec<TestProgram>, Failure> {
+            if !everything {
+                return build::tests(packages);
+            }
+            if programs.is_none() {
+                *programs = Some(build::tests(&[])?);
+            }
+            Ok(programs.clone().unwrap_or_default())
+        };
+        match self {
+            Step::Tidy => tidy::check(outcome),
+            Step::Deny(checks) => deny(checks, outcome),
+            Step::Unit => {
+                let of_unit = built(&[])?;
+                run_all(of_unit.iter().filter(|program| program.target == Target::Unit), &[], &[], outcome)?;
+                doc_tests(outcome)
+            }
+            Step::Outside(packages) => {
+                let of_packages = built(packages)?;
+                let wanted = |program: &&TestProgram| packages.contains(&program.package.as_str());
+                run_all(of_packages.iter().filter(outside).filter(wanted), &[], &[], outcome)
+            }
+            Step::Remaining => {
+                let all = built(&[])?;
+                let wanted = |program: &&TestProgram| !named_elsewhere(&program.package);
+                run_all(all.iter().filter(outside).filter(wanted), &[], &[], outcome)
+            }
+            Step::Integration(name, arguments) => {
+                let of_integration = built(&[INTEGRATION, "lockstep-control-plane", "lockstep-node"])?;
+                let wanted = |program: &&TestProgram| program.package == INTEGRATION && program.name == *name;
+                run_all(of_integration.iter().filter(outside).filter(wanted), arguments, &setup::ALL_PEERS, outcome)
+            }
+        }
+    }
+}
+
+fn outside(program: &&TestProgram) -> bool {
+    program.target == Target::Outside
+}
+
+/// True where another part than the remaining ones runs the tests of this crate.
+fn named_elsewhere(package: &str) -> bool {
+    package == INTEGRATION
+        || PARTS.iter().flat_map(|part| part.steps).any(|step| match step {
+            Step::Outside(packages) => packages.contains(&package),
+            _ => false,
+        })
+}
+
+fn run_all<'a>(
+    programs: impl Iterator<Item = &'a TestProgram>,
+    arguments: &[&str],
+    peers: &[&str],
+    outcome: &mut Outcome,
+) -> Result<(), Failure> {
+    let peers = setup::peers(peers)?;
+    for program in programs {
+        let name = format!("{} {}", program.package, program.name);
+        println!("\n-- {name}");
+        let mut command = Command::new("timeout");
+        command.args(["--foreground", "--kill-after=10", TIME_LIMIT]).arg(&program.executable);
+        command.args(arguments).current_dir(&program.directory);
+        command.env("CARGO_MANIFEST_DIR", &program.directory).env("LOCKSTEP_PEERS_DIR", &peers);
+        count(&mut command, &name, outcome)?;
+    }
+    Ok(())
+}
+
+fn doc_tests(outcome: &mut Outcome) -> Result<(), Failure> {
+    println!("\n-- examples in documentation");
+    count(cargo().args(["test", "--workspace", "--doc", "--quiet"]), "documentation", outcome)
+}
+
+fn count(command: &mut Command, name: &str, outcome: &mut Outcome) -> Result<(), Failure> {
+    let mut counter = Counter::default();
+    let success = lines(command, |line| {
+        println!("{line}");
+        counter.line(line);
+    })?;
+    counter.add_to(outcome, name, success);
+    Ok(())
+}
+
+fn deny(checks: &[&str], outcome: &mut Outcome) -> Result<(), Failure> {
+    let program = setup::cargo_deny()?;
+    for check in checks {
+        let mut command = Command::new(&program);
+        command
+            .args(["--all-features", "check", "--hide-inclusion-graph", check])
+            .current_dir(crate::process::root());
+        outcome.check(check, run(&mut command).is_ok());
+    }
+    Ok(())
+}
