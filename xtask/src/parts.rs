@@ -196,7 +196,12 @@ impl Step {
             Step::Integration(name, arguments) => {
                 let of_integration = built(&[INTEGRATION, "lockstep-control-plane", "lockstep-node"])?;
                 let wanted = |program: &&TestProgram| program.package == INTEGRATION && program.name == *name;
-                run_all(of_integration.iter().filter(outside).filter(wanted), arguments, &setup::ALL_PEERS, outcome)
+                run_all(
+                    of_integration.iter().filter(outside).filter(wanted),
+                    arguments,
+                    &setup::ALL_PEERS,
+                    outcome,
+                )
             }
         }
     }
