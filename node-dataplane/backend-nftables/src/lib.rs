@@ -1,1 +1,195 @@
-//! lockstep-backend-nftables
+//! ForwardingPlan -> nf_tables, with no object per Service.
+//!
+//! ```text
+//!           sync: dump, compare ──┐
+//! plan ──>  apply: diff ──────────┴─> Stage ──> one transaction ──> State (what is in force)
+//!           verify, audit: dump or get ──> compare with State
+//! ```
+//!
+//! One table per family. Services are elements of shared maps: `frontends` says which chain
+//! an address leads to, `endpoints` holds the endpoints by address and index. The chains
+//! are shared by all Services with the same number of endpoints (see `names`). So an
+//! endpoint that is replaced is one element per address, whatever the number of Services.
+//!
+//! It knows no traffic policy, no readiness and no topology; the plan has decided all that.
+//! A fresh process recognises our tables by name, and adopts the indices that it finds.
+#![forbid(unsafe_code)]
+
+mod change;
+mod contents;
+mod layout;
+mod names;
+mod observe;
+mod program;
+mod rules;
+mod sets;
+mod stage;
+mod state;
+mod text;
+mod userdata;
+mod verify;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use lockstep_kernel::netlink;
+use lockstep_kernel::nf_tables::{self, Batch, Kernel, Netfilter};
+use lockstep_model::{Family, ServiceKey};
+use lockstep_view::backend::{Applied, Audit, BackendError, Description, Drift, FailureKind, ServiceFailure};
+use lockstep_view::{Backend, ForwardingPlan};
+
+use crate::names::{PROBE_TABLE, TABLE};
+use crate::rules::kernel_family;
+use crate::stage::Stage;
+use crate::state::State;
+
+/// The nftables backend, on the kernel or on a fake of it.
+#[derive(Debug)]
+pub struct Nftables<N = Kernel> {
+    netfilter: N,
+    state: State,
+    stage: Stage,
+    batch: Batch,
+    /// Services that are not in force as planned.
+    failures: BTreeMap<ServiceKey, ServiceFailure>,
+    /// Number of the last transaction, as far as only ours happened; `None` = not known.
+    generation: Option<u32>,
+    /// Chains could not be deleted yet.
+    reap_again: bool,
+    /// Refusals for what is there already are a Service's own fault.
+    blame: bool,
+    /// Where the audit goes on.
+    audited: usize,
+}
+
+/// Why the backend could not be opened or a table not be programmed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The socket failed, or a dump did.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    /// A transaction was refused.
+    #[error(transparent)]
+    Commit(#[from] nf_tables::CommitError),
+    /// The kernel lacks something.
+    #[error("this kernel refuses {what} (nftables mode needs Linux 5.13 with nf_tables, nf_nat and nft_fib)")]
+    Lacks {
+        /// What it refuses.
+        what: String,
+        /// How.
+        #[source]
+        source: nf_tables::CommitError,
+    },
+    /// Other changes to our tables came between again and again.
+    #[error("the tables changed {times} times while they were compared")]
+    Unstable {
+        /// How often it was tried.
+        times: u32,
+    },
+}
+
+impl Nftables<Kernel> {
+    /// The backend of the network namespace of this thread. Writes nothing.
+    pub fn open() -> Result<Self, Error> {
+        Ok(Self::new(Kernel::open()?))
+    }
+}
+
+impl<N: Netfilter> Nftables<N> {
+    /// The backend on some nf_tables. Writes nothing.
+    pub fn new(netfilter: N) -> Self {
+        Self {
+            netfilter,
+            state: State::default(),
+            stage: Stage::new(),
+            batch: Batch::new(),
+            failures: BTreeMap::new(),
+            generation: None,
+            reap_again: false,
+            blame: false,
+            audited: 0,
+        }
+    }
+
+    /// Tries everything the backend writes in a real transaction, in a table that is made
+    /// and deleted in it, so that nothing is left behind.
+    pub fn probe(&mut self) -> Result<(), Error> {
+        program::probe(&mut self.netfilter, PROBE_TABLE)
+    }
+
+    /// The tables as they are in force, in nft's syntax, sorted: for reviews and debugging.
+    pub fn render(&self) -> String {
+        text::render(&self.state)
+    }
+
+    /// The kernel below, for tests that disturb it.
+    pub fn netfilter_mut(&mut self) -> &mut N {
+        &mut self.netfilter
+    }
+
+    fn applied(&self, objects_changed: usize) -> Applied {
+        Applied { objects_changed, failures: self.failures.values().cloned().collect() }
+    }
+
+    fn fail(&mut self, service: &ServiceKey, kind: FailureKind, message: String) {
+        let previous_in_force = self.state.services.contains_key(service);
+        let failure = ServiceFailure { service: service.clone(), kind, message, previous_in_force };
+        self.failures.insert(service.clone(), failure);
+    }
+}
+
+fn backend_error(doing: &str, source: impl Into<Error>) -> BackendError {
+    BackendError { doing: format!("nftables: {doing}"), source: Box::new(source.into()) }
+}
+
+impl<N: Netfilter> Backend for Nftables<N> {
+    fn describe(&self) -> Description {
+        Description {
+            mode: "nftables",
+            version: "netlink".to_owned(),
+            families: Family::ALL.to_vec(),
+            features: contents::FEATURES.to_vec(),
+        }
+    }
+
+    fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {
+        let objects = self.sync_all(plan).map_err(|error| backend_error("sync", error))?;
+        Ok(self.applied(objects))
+    }
+
+    fn apply(&mut self, plan: &ForwardingPlan, changed: &[ServiceKey]) -> Result<Applied, BackendError> {
+        let objects = self.apply_changed(plan, changed).map_err(|error| backend_error("apply", error))?;
+        Ok(self.applied(objects))
+    }
+
+    fn verify(&mut self) -> Result<Vec<Drift>, BackendError> {
+        self.read_back().map_err(|error| backend_error("read back", error))
+    }
+
+    fn disturbed(&mut self) -> Result<bool, BackendError> {
+        self.was_disturbed().map_err(|error| backend_error("listen for changes", error))
+    }
+
+    fn audit(&mut self, budget: Duration) -> Result<Audit, BackendError> {
+        self.audit_part(budget).map_err(|error| backend_error("audit", error))
+    }
+
+    fn cleanup(&mut self) -> Result<usize, BackendError> {
+        let mut objects = 0;
+        self.batch.clear();
+        for family in Family::ALL {
+            let found = observe::count(&mut self.netfilter, family)
+                .map_err(|error| backend_error("list our tables", error))?;
+            if let Some(found) = found {
+                objects += found;
+                self.batch.delete_table(kernel_family(family), TABLE);
+            }
+        }
+        self.netfilter
+            .commit(self.batch.finish())
+            .map_err(|error| backend_error("delete our tables", error))?;
+        (self.state, self.generation) = (State::default(), None);
+        self.failures.clear();
+        Ok(objects)
+    }
+}

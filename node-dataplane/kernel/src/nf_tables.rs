@@ -21,7 +21,7 @@ pub use batch::{Batch, ElementOp};
 pub use element::{Element, Value, put_key, put_mapping, put_range, put_verdict};
 pub use expression::{CmpOp, Expression, PayloadBase, Verdict};
 pub use query::{
-    Step, chains, element_values, elements, generation, probe_batch_errors, rules, sets, table_exists,
+    Step, chains, element_values, elements, generation, rules, sets, table_exists,
 };
 pub use socket::Kernel;
 
@@ -150,6 +150,8 @@ impl Set {
     pub const VERDICT: (u32, u32) = (0xffff_ff00, 16);
     /// Flag: keys may be ranges.
     pub const INTERVAL: u32 = 0x4;
+    /// Flag: the key has several fields; needed beside `INTERVAL`.
+    pub const CONCATENATED: u32 = 0x80;
     /// Flag of maps.
     pub(crate) const MAP: u32 = 0x8;
 }

@@ -2,7 +2,7 @@
 
 use super::batch::put_message;
 use super::{
-    Batch, Chain, ChainKind, Dumped, Element, Expression, Family, Hook, HookPoint, Netfilter, Rule, Set,
+    Chain, ChainKind, Dumped, Element, Expression, Family, Hook, HookPoint, Netfilter, Rule, Set,
     Value,
 };
 use crate::Errno;
@@ -246,23 +246,4 @@ pub fn generation(netfilter: &mut dyn Netfilter) -> Result<u32, Error> {
         generation = attributes(&message).get(1).map(|id| id.u32_be());
     })?;
     generation.ok_or(Error::Malformed { what: "no generation" })
-}
-
-/// Commits a batch whose last message cannot succeed, so that it leaves nothing behind, and
-/// returns the errors of the messages before it: none where the kernel takes them all.
-///
-/// The last message deletes a table that does not exist.
-pub fn probe_batch_errors(
-    netfilter: &mut dyn Netfilter,
-    batch: &mut Batch,
-) -> Result<Vec<crate::netlink::Refusal>, Error> {
-    batch.delete_table(Family::Ipv4, "lockstep-never-made");
-    let last = batch.last_seq();
-    match netfilter.commit(batch.finish()) {
-        Err(super::CommitError::Refused(refusals)) => {
-            Ok(refusals.into_iter().filter(|refusal| refusal.seq != last).collect())
-        }
-        Err(super::CommitError::Link(error)) => Err(error),
-        Ok(()) => Err(Error::Malformed { what: "a table that does not exist was deleted" }),
-    }
 }

@@ -1,0 +1,168 @@
+//! The chains and their rules: fixed ones, and those that Services share.
+
+use lockstep_kernel::nf_tables::{Chain, ChainKind, Expression, Hook, HookPoint, Rule, Verdict};
+use lockstep_model::Family;
+use lockstep_view::{NodePlan, NodePortScope, PodSources};
+
+use crate::names::{Refusal, SharedChain, Via};
+use crate::rules::Clause;
+use crate::sets::SetId;
+
+/// Before DNAT: sources that may not use an address are dropped.
+const BEFORE_DNAT: i32 = -110;
+const DNAT: i32 = -100;
+const FILTER: i32 = 0;
+const SNAT: i32 = 100;
+
+/// A chain and its rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ChainLayout {
+    pub(crate) chain: Chain,
+    pub(crate) rules: Vec<Vec<Clause>>,
+}
+
+impl ChainLayout {
+    fn plain(name: &str, rules: Vec<Vec<Clause>>) -> Self {
+        Self { chain: Chain { name: name.to_owned(), hook: None }, rules }
+    }
+
+    fn base(name: &str, kind: ChainKind, point: HookPoint, priority: i32, rules: Vec<Vec<Clause>>) -> Self {
+        let hook = Some(Hook { kind, point, priority });
+        Self { chain: Chain { name: name.to_owned(), hook }, rules }
+    }
+
+    /// The rules as the kernel has them.
+    pub(crate) fn kernel_rules(&self, family: Family) -> impl Iterator<Item = Rule> + '_ {
+        self.rules.iter().map(move |clauses| Rule {
+            chain: self.chain.name.clone(),
+            expressions: expressions(clauses, family),
+        })
+    }
+}
+
+pub(crate) fn expressions(clauses: &[Clause], family: Family) -> Vec<Expression> {
+    let mut out = Vec::new();
+    clauses.iter().for_each(|clause| clause.expressions(family, &mut out));
+    out
+}
+
+fn jump(chain: &str) -> Clause {
+    Clause::Then(Verdict::Jump(chain.to_owned()))
+}
+
+fn goto(chain: SharedChain) -> Clause {
+    Clause::Then(Verdict::Goto(chain.name()))
+}
+
+/// The chains that are always there, in an order in which every jump finds its chain.
+pub(crate) fn fixed(family: Family, node: &NodePlan) -> Vec<ChainLayout> {
+    let node_ports = |map| {
+        let mut clauses = match node.node_ports(family) {
+            NodePortScope::AllLocal => vec![Clause::ToThisNode, Clause::NotToLoopback],
+            NodePortScope::Addresses(_) => vec![Clause::In { set: SetId::NodeIps, not: false }],
+        };
+        clauses.push(Clause::VerdictOf(map));
+        clauses
+    };
+    let bit = node.masquerade_mark;
+    let nat = |name, point, rules| ChainLayout::base(name, ChainKind::Nat, point, DNAT, rules);
+    let early = |name, point, rules| ChainLayout::base(name, ChainKind::Filter, point, BEFORE_DNAT, rules);
+    let filter = |name, point| {
+        let rules = vec![vec![Clause::New, jump("no-endpoints")]];
+        ChainLayout::base(name, ChainKind::Filter, point, FILTER, rules)
+    };
+    vec![
+        ChainLayout::plain(
+            "services",
+            vec![vec![Clause::VerdictOf(SetId::Frontends)], node_ports(SetId::NodePorts)],
+        ),
+        ChainLayout::plain(
+            "no-endpoints",
+            vec![vec![Clause::VerdictOf(SetId::NoEndpoints)], node_ports(SetId::NoEndpointsNodePorts)],
+        ),
+        ChainLayout::plain(
+            "source-ranges",
+            vec![vec![
+                Clause::In { set: SetId::Restricted, not: false },
+                Clause::In { set: SetId::Allowed, not: true },
+                Clause::Then(Verdict::Drop),
+            ]],
+        ),
+        early("filter-prerouting", HookPoint::Prerouting, vec![vec![Clause::New, jump("source-ranges")]]),
+        early("filter-output-early", HookPoint::Output, vec![vec![Clause::New, jump("source-ranges")]]),
+        nat("nat-prerouting", HookPoint::Prerouting, vec![vec![jump("services")]]),
+        nat("nat-output", HookPoint::Output, vec![vec![jump("services")]]),
+        filter("filter-input", HookPoint::Input),
+        filter("filter-forward", HookPoint::Forward),
+        filter("filter-output", HookPoint::Output),
+        ChainLayout::base(
+            "nat-postrouting",
+            ChainKind::Nat,
+            HookPoint::Postrouting,
+            SNAT,
+            vec![
+                vec![Clause::In { set: SetId::Hairpin, not: false }, Clause::SetMark(bit)],
+                // The bit is cleared before, so that a packet that comes back in a tunnel
+                // is not translated twice.
+                vec![Clause::Marked(bit), Clause::FlipMark(bit), Clause::Masquerade],
+            ],
+        ),
+    ]
+}
+
+/// A chain that Services share.
+pub(crate) fn shared(family: Family, node: &NodePlan, chain: SharedChain) -> ChainLayout {
+    let rules = match chain {
+        SharedChain::Targets { via, pool, count } => {
+            vec![vec![Clause::TranslateBy { set: SetId::endpoints(via, pool), count }]]
+        }
+        SharedChain::Marked { via, pool, count } => {
+            vec![vec![Clause::SetMark(node.masquerade_mark), goto(SharedChain::Targets { via, pool, count })]]
+        }
+        SharedChain::BySource { via, ways } => by_source(
+            family,
+            node,
+            &ways.map(|way| match way.chain(via) {
+                Some(chain) => goto(chain),
+                None => Clause::Then(Verdict::Return),
+            }),
+        ),
+        SharedChain::Refuse => vec![vec![Clause::Reject]],
+        SharedChain::RefuseBySource(refusals) => by_source(
+            family,
+            node,
+            &refusals.map(|refusal| match refusal {
+                Refusal::LetThrough => Clause::Then(Verdict::Return),
+                Refusal::Reject => goto(SharedChain::Refuse),
+                Refusal::Drop => Clause::Then(Verdict::Drop),
+            }),
+        ),
+    };
+    ChainLayout::plain(&chain.name(), rules)
+}
+
+/// Rules for pods, the node itself and all others, in this order; the first match counts.
+fn by_source(family: Family, node: &NodePlan, [pod, own, elsewhere]: &[Clause; 3]) -> Vec<Vec<Clause>> {
+    let mut rules = Vec::new();
+    // Where all are treated alike, nobody needs to be told apart.
+    if pod != elsewhere || own != elsewhere {
+        let cidrs = match &node.pods {
+            Some(PodSources::Cidrs(cidrs)) => cidrs.as_slice(),
+            None => &[],
+        };
+        for cidr in cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family) {
+            let condition = (cidr.prefix_len() > 0).then_some(Clause::From(*cidr));
+            rules.push(condition.into_iter().chain([pod.clone()]).collect());
+        }
+    }
+    if own != elsewhere {
+        rules.push(vec![Clause::FromThisNode, own.clone()]);
+    }
+    rules.push(vec![elsewhere.clone()]);
+    rules
+}
+
+/// What a frontend's key is made of.
+pub(crate) fn via(frontend: &lockstep_view::Frontend) -> Via {
+    if frontend.surface.address().is_some() { Via::Address } else { Via::NodePort }
+}

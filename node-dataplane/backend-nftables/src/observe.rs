@@ -1,0 +1,120 @@
+//! What the kernel holds in our tables.
+
+use std::collections::BTreeSet;
+
+use lockstep_kernel::netlink::Error;
+use lockstep_kernel::nf_tables::{self, Netfilter, Step};
+use lockstep_model::Family;
+use lockstep_view::NodePlan;
+use lockstep_view::backend::Drift;
+use rustc_hash::FxHashMap;
+
+use crate::layout::{self, ChainLayout};
+use crate::names::{SharedChain, TABLE};
+use crate::rules::kernel_family;
+use crate::sets::{Datum, Key, SetId};
+
+/// The skeleton of one table.
+#[derive(Debug, Default)]
+pub(crate) struct Skeleton {
+    /// What is not as it should be. Empty = everything is.
+    pub(crate) drift: Vec<Drift>,
+    /// The shared chains that are there, with the right rules.
+    pub(crate) chains: BTreeSet<SharedChain>,
+    /// How many elements fit into each set.
+    pub(crate) sizes: FxHashMap<SetId, u32>,
+}
+
+/// Reads the skeleton of a table and compares it with the layout.
+pub(crate) fn skeleton(
+    netfilter: &mut dyn Netfilter,
+    family: Family,
+    node: &NodePlan,
+) -> Result<Skeleton, Error> {
+    let mut skeleton = Skeleton::default();
+    let table = kernel_family(family);
+    let drift = |object: String, fault: &str| Drift { object, fault: fault.to_owned() };
+    let named = |kind: &str, name: &str| format!("{kind} {} {TABLE} {name}", table.word());
+
+    let sets = nf_tables::sets(netfilter, table, TABLE)?;
+    for set in SetId::ALL {
+        match sets.iter().find(|found| found.name == set.name()) {
+            None => skeleton.drift.push(drift(named("set", set.name()), "missing")),
+            Some(found) if *found == set.declare(family, found.size) => {
+                skeleton.sizes.insert(set, found.size);
+            }
+            Some(_) => skeleton.drift.push(drift(named("set", set.name()), "declared differently")),
+        }
+    }
+    for found in sets.iter().filter(|found| SetId::ALL.iter().all(|set| set.name() != found.name)) {
+        skeleton.drift.push(drift(named("set", &found.name), "not ours"));
+    }
+
+    let chains = nf_tables::chains(netfilter, table, TABLE)?;
+    let mut rules: FxHashMap<String, Vec<nf_tables::Rule>> = FxHashMap::default();
+    for rule in nf_tables::rules(netfilter, table, TABLE)? {
+        rules.entry(rule.chain.clone()).or_default().push(rule);
+    }
+    let fixed = layout::fixed(family, node);
+    let is_as = |expected: &ChainLayout, found: &nf_tables::Chain| {
+        let found_rules = rules.get(&found.name).map_or(&[][..], Vec::as_slice);
+        expected.chain == *found && expected.kernel_rules(family).eq(found_rules.iter().cloned())
+    };
+    for expected in &fixed {
+        match chains.iter().find(|found| found.name == expected.chain.name) {
+            None => skeleton.drift.push(drift(named("chain", &expected.chain.name), "missing")),
+            Some(found) if is_as(expected, found) => {}
+            Some(found) => skeleton.drift.push(drift(named("chain", &found.name), "differs")),
+        }
+    }
+    for found in chains.iter().filter(|found| fixed.iter().all(|chain| chain.chain.name != found.name)) {
+        match SharedChain::parse(&found.name) {
+            None => skeleton.drift.push(drift(named("chain", &found.name), "not ours")),
+            Some(chain) if is_as(&layout::shared(family, node, chain), found) => {
+                skeleton.chains.insert(chain);
+            }
+            Some(_) => skeleton.drift.push(drift(named("chain", &found.name), "differs")),
+        }
+    }
+    Ok(skeleton)
+}
+
+/// The elements of a set.
+pub(crate) fn elements(
+    netfilter: &mut dyn Netfilter,
+    family: Family,
+    set: SetId,
+) -> Result<FxHashMap<Key, Datum>, Error> {
+    let mut found = FxHashMap::default();
+    nf_tables::elements(netfilter, kernel_family(family), TABLE, set.name(), &mut |step| match step {
+        Step::Begin => found.clear(),
+        Step::Element(element) => {
+            if let Some(key) = Key::read(element.key) {
+                let datum = Datum::read(set, element.bytes(), element.verdict(), element.key_end);
+                found.insert(key, datum);
+            }
+        }
+    })?;
+    Ok(found)
+}
+
+/// How many objects our table of a family has; `None` where there is no table.
+pub(crate) fn count(netfilter: &mut dyn Netfilter, family: Family) -> Result<Option<usize>, Error> {
+    let table = kernel_family(family);
+    if !nf_tables::table_exists(netfilter, table, TABLE)? {
+        return Ok(None);
+    }
+    let sets = nf_tables::sets(netfilter, table, TABLE)?;
+    let mut objects = 1 + sets.len();
+    objects += nf_tables::chains(netfilter, table, TABLE)?.len();
+    objects += nf_tables::rules(netfilter, table, TABLE)?.len();
+    for set in &sets {
+        let mut elements = 0;
+        nf_tables::elements(netfilter, table, TABLE, &set.name, &mut |step| match step {
+            Step::Begin => elements = 0,
+            Step::Element(_) => elements += 1,
+        })?;
+        objects += elements;
+    }
+    Ok(Some(objects))
+}

@@ -1,0 +1,553 @@
+//! Writing: whole tables, differences, single Services.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use lockstep_kernel::netlink::Refusal;
+use lockstep_kernel::nf_tables::{self, Batch, CommitError, Netfilter};
+use lockstep_model::{Family, Protocol, ServiceKey};
+use lockstep_view::backend::FailureKind;
+use lockstep_view::{ForwardingPlan, NodePlan, NodePortScope, Pool, ServicePlan};
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use crate::change::{reorder, stage_change};
+use crate::contents::{Installed, check, pools_of};
+use crate::layout::{self, via};
+use crate::names::{SharedChain, TABLE, Via, Way};
+use crate::rules::kernel_family;
+use crate::sets::{Datum, Key, SetId};
+use crate::stage::{Attribution, Stage};
+use crate::state::{State, every_set, node_ips, size_for};
+use crate::{Error, Nftables, observe};
+
+/// Up to this many changed Services, refusals are attributed at the first attempt.
+const ATTRIBUTE_UP_TO: usize = 32;
+/// How often a comparison is repeated where our tables change under it.
+const ATTEMPTS: u32 = 4;
+
+/// Services that a transaction leaves out, and why.
+pub(crate) type Excluded = BTreeMap<ServiceKey, (FailureKind, String)>;
+
+/// Why a transaction was not made.
+enum Fault {
+    /// These Services' messages were refused.
+    Services(Vec<(ServiceKey, Refusal)>),
+    /// Some message was refused, and the transaction was too packed to say whose.
+    Unattributed,
+    /// The kernel holds something else than was thought.
+    Mismatch,
+    /// Nothing of it can be made.
+    Whole(Error),
+}
+
+impl<N: Netfilter> Nftables<N> {
+    /// Compares the kernel with the plan and writes the difference.
+    pub(crate) fn sync_all(&mut self, plan: &ForwardingPlan) -> Result<usize, Error> {
+        let mut excluded = excluded_by_plan(plan.services.iter());
+        let mut attributed = false;
+        let mut mismatches = 0;
+        loop {
+            // Somebody may write while we compare. Where it happens again it is the plan
+            // that contradicts itself, and the Services concerned are left out.
+            self.blame = mismatches > 0;
+            let result = self.sync_once(plan, &excluded, attributed || self.blame);
+            self.blame = false;
+            let fault = match result {
+                Ok(objects) => {
+                    self.settle(plan, None, excluded);
+                    return Ok(objects);
+                }
+                Err(fault) => fault,
+            };
+            match fault {
+                Fault::Services(refused) => exclude(&mut excluded, refused),
+                Fault::Unattributed => attributed = true,
+                Fault::Mismatch if mismatches < ATTEMPTS => mismatches += 1,
+                Fault::Mismatch => return Err(Error::Unstable { times: mismatches }),
+                Fault::Whole(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Brings the changed Services to what the plan says.
+    pub(crate) fn apply_changed(
+        &mut self,
+        plan: &ForwardingPlan,
+        changed: &[ServiceKey],
+    ) -> Result<usize, Error> {
+        if self.state.node.as_ref() != Some(&plan.node) {
+            return self.sync_all(plan);
+        }
+        let mut seen = FxHashSet::default();
+        let changed: Vec<&ServiceKey> =
+            changed.iter().filter(|key| changed.len() == 1 || seen.insert(*key)).collect();
+        let planned = changed.iter().filter_map(|key| Some((*key, plan.services.get(*key)?)));
+        let mut excluded = excluded_by_plan(planned);
+        let mut attributed = changed.len() <= ATTRIBUTE_UP_TO;
+        loop {
+            let fault = match self.apply_once(plan, &changed, &excluded, attributed) {
+                Ok(objects) => {
+                    self.settle(plan, Some(&changed), excluded);
+                    return Ok(objects);
+                }
+                Err(fault) => fault,
+            };
+            match fault {
+                Fault::Services(refused) => exclude(&mut excluded, refused),
+                Fault::Unattributed => attributed = true,
+                // Somebody changed our tables: compare all of them.
+                Fault::Mismatch => return self.sync_all(plan),
+                Fault::Whole(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Records which Services are not in force as planned, of those that were written.
+    fn settle(&mut self, plan: &ForwardingPlan, changed: Option<&[&ServiceKey]>, excluded: Excluded) {
+        match changed {
+            None => self.failures.clear(),
+            Some(changed) => changed.iter().for_each(|key| {
+                self.failures.remove(*key);
+            }),
+        }
+        debug_assert!(excluded.keys().all(|key| plan.services.contains_key(key) || changed.is_some()));
+        for (key, (kind, message)) in excluded {
+            self.fail(&key, kind, message);
+        }
+    }
+
+    fn apply_once(
+        &mut self,
+        plan: &ForwardingPlan,
+        changed: &[&ServiceKey],
+        excluded: &Excluded,
+        attributed: bool,
+    ) -> Result<usize, Fault> {
+        self.stage.begin(attributed);
+        let mut staged = Vec::with_capacity(changed.len());
+        for (position, key) in changed.iter().enumerate() {
+            if excluded.contains_key(*key) {
+                continue;
+            }
+            let (old, new) = (self.state.services.get(*key), plan.services.get(*key));
+            staged.push((*key, stage_change(&mut self.stage, old, new)));
+            self.stage.seal(position);
+        }
+        self.state.stage_hairpin(&mut self.stage);
+        if !self.state.has_room(&self.stage) {
+            return self.rebuild(plan, excluded, attributed);
+        }
+        let objects = self.commit_stage(&plan.node, |position| changed[position].clone())?;
+        for (key, installed) in staged {
+            match installed {
+                Some(installed) => match self.state.services.get_mut(key) {
+                    Some(slot) => *slot = installed,
+                    None => drop(self.state.services.insert(key.clone(), installed)),
+                },
+                None => drop(self.state.services.remove(key)),
+            }
+        }
+        self.reap();
+        Ok(objects)
+    }
+
+    /// Commits what is staged and brings the state's counts up to it. Returns how many
+    /// objects were written; nothing staged is no transaction.
+    fn commit_stage(
+        &mut self,
+        node: &NodePlan,
+        service: impl Fn(usize) -> ServiceKey,
+    ) -> Result<usize, Fault> {
+        let chains = self.state.chains_to_make(&self.stage);
+        let objects = self.stage.changes() + chains.len();
+        if objects == 0 {
+            return Ok(0);
+        }
+        self.batch.clear();
+        self.batch.reserve(self.stage.bytes());
+        let attribution = self.stage.write(&mut self.batch, node, &chains);
+        self.commit(&attribution, service)?;
+        self.state.committed(&self.stage, chains);
+        Ok(objects)
+    }
+
+    fn commit(
+        &mut self,
+        attribution: &Attribution,
+        service: impl Fn(usize) -> ServiceKey,
+    ) -> Result<(), Fault> {
+        // Our own changes must not be reported back to us; the generation tells foreign ones.
+        self.netfilter.listen(false).map_err(|error| Fault::Whole(error.into()))?;
+        match self.netfilter.commit(self.batch.finish()) {
+            Ok(()) => {
+                self.generation = self.generation.map(next_generation);
+                Ok(())
+            }
+            Err(CommitError::Link(error)) => Err(Fault::Whole(error.into())),
+            Err(CommitError::Refused(refusals)) => {
+                if !self.blame && refusals.iter().any(|refusal| refusal.errno.is_state_mismatch()) {
+                    return Err(Fault::Mismatch);
+                }
+                let owners: Option<Vec<_>> = refusals
+                    .iter()
+                    .map(|refusal| Some((service(attribution.owner(refusal.seq)?), refusal.clone())))
+                    .collect();
+                match owners {
+                    Some(owners) if !owners.is_empty() => Err(Fault::Services(owners)),
+                    _ if !attribution.complete => Err(Fault::Unattributed),
+                    _ => Err(Fault::Whole(CommitError::Refused(refusals).into())),
+                }
+            }
+        }
+    }
+
+    /// Deletes chains that nothing leads to any more, in a transaction of its own: kernels
+    /// before 6.2 still count the references that the transaction before has dropped. What
+    /// they refuse is tried again after the next change.
+    fn reap(&mut self) {
+        if !self.reap_again && self.stage.references.values().all(|by| *by >= 0) {
+            return;
+        }
+        let idle = self.state.idle_chains();
+        self.reap_again = false;
+        if idle.is_empty() {
+            return;
+        }
+        self.batch.clear();
+        for (family, chain) in &idle {
+            self.batch.delete_chain(kernel_family(*family), TABLE, &chain.name());
+        }
+        if self.commit(&Attribution::default(), |_| ServiceKey::new("", "")).is_ok() {
+            for chain in idle {
+                self.state.chains.remove(&chain);
+            }
+        } else {
+            self.reap_again = true;
+        }
+    }
+
+    fn sync_once(
+        &mut self,
+        plan: &ForwardingPlan,
+        excluded: &Excluded,
+        attributed: bool,
+    ) -> Result<usize, Fault> {
+        let whole = |error: lockstep_kernel::netlink::Error| Fault::Whole(error.into());
+        self.generation = Some(nf_tables::generation(&mut self.netfilter).map_err(whole)?);
+        let mut state = State { node: Some(plan.node.clone()), ..State::default() };
+        for family in Family::ALL {
+            let skeleton = observe::skeleton(&mut self.netfilter, family, &plan.node).map_err(whole)?;
+            if !skeleton.drift.is_empty() {
+                return self.rebuild(plan, excluded, attributed);
+            }
+            state.chains.extend(skeleton.chains.into_iter().map(|chain| (family, chain)));
+            state.fill.extend(skeleton.sizes.into_iter().map(|(set, size)| ((family, set), (0, size))));
+        }
+        let mut observed = FxHashMap::default();
+        for (family, set) in every_set() {
+            let found = observe::elements(&mut self.netfilter, family, set).map_err(whole)?;
+            let size = state.size(family, set);
+            state.fill.insert((family, set), (found.len(), size));
+            observed.insert((family, set), found);
+        }
+        self.adopt(plan, excluded, attributed, state, observed)
+    }
+
+    /// Takes over what the kernel holds and writes only what differs.
+    fn adopt(
+        &mut self,
+        plan: &ForwardingPlan,
+        excluded: &Excluded,
+        attributed: bool,
+        mut state: State,
+        mut observed: FxHashMap<(Family, SetId), FxHashMap<Key, Datum>>,
+    ) -> Result<usize, Fault> {
+        for ((family, _), elements) in &observed {
+            for datum in elements.values() {
+                if let Datum::Goto(chain) = datum {
+                    *state.references.entry((*family, *chain)).or_default() += 1;
+                }
+            }
+        }
+        self.stage.begin(attributed);
+        let desired = desired(&self.state, plan, excluded);
+        for (position, (key, service)) in desired.iter().enumerate() {
+            let installed = adopt_order(service, &observed);
+            let stage = &mut self.stage;
+            installed.each_element(&mut |family, set, key, datum| {
+                compare(stage, &mut observed, family, set, key, datum);
+            });
+            for port in &service.ports {
+                for target in &port.hairpin {
+                    *state.hairpin.entry(target.address).or_default() += 1;
+                }
+            }
+            state.services.insert((*key).clone(), installed);
+            self.stage.seal(position);
+        }
+        let stage = &mut self.stage;
+        let mut local: Vec<_> = state.hairpin.keys().copied().collect();
+        local.sort_unstable();
+        for address in local {
+            compare(
+                stage,
+                &mut observed,
+                Family::of(address),
+                SetId::Hairpin,
+                &Key::hairpin(address),
+                Datum::Present,
+            );
+        }
+        for address in node_ips(&plan.node) {
+            compare(
+                stage,
+                &mut observed,
+                Family::of(address),
+                SetId::NodeIps,
+                &Key::address(address),
+                Datum::Present,
+            );
+        }
+        for (family, set) in every_set() {
+            let Some(rest) = observed.get(&(family, set)) else { continue };
+            let mut rest: Vec<_> = rest.iter().collect();
+            rest.sort_unstable_by_key(|(key, _)| **key);
+            for (key, datum) in rest {
+                stage.delete(family, set, key, *datum);
+            }
+        }
+        if !state.has_room(&self.stage) {
+            return self.rebuild(plan, excluded, attributed);
+        }
+        let keys: Vec<ServiceKey> = desired.iter().map(|(key, _)| (*key).clone()).collect();
+        // The state before stays until the transaction is made.
+        let before = std::mem::replace(&mut self.state, state);
+        match self.commit_stage(&plan.node, |position| keys[position].clone()) {
+            Ok(objects) => {
+                self.reap_again = true;
+                self.reap();
+                Ok(objects)
+            }
+            Err(fault) => {
+                self.state = before;
+                Err(fault)
+            }
+        }
+    }
+
+    /// Makes both tables anew, in one transaction that also deletes the old ones.
+    fn rebuild(
+        &mut self,
+        plan: &ForwardingPlan,
+        excluded: &Excluded,
+        attributed: bool,
+    ) -> Result<usize, Fault> {
+        let mut state = State { node: Some(plan.node.clone()), ..State::default() };
+        self.stage.begin(attributed);
+        let desired = desired(&self.state, plan, excluded);
+        state.services.reserve(desired.len());
+        for (position, (key, service)) in desired.iter().enumerate() {
+            if let Some(installed) = stage_change(&mut self.stage, None, Some(service)) {
+                state.services.insert((*key).clone(), installed);
+            }
+            self.stage.seal(position);
+        }
+        state.stage_hairpin(&mut self.stage);
+        for address in node_ips(&plan.node) {
+            self.stage.add(Family::of(address), SetId::NodeIps, &Key::address(address), Datum::Present);
+        }
+        for (family, set) in every_set() {
+            let size = size_for(self.stage.lane(family, set).added);
+            state.fill.insert((family, set), (0, size));
+        }
+        let chains = state.chains_to_make(&self.stage);
+        self.batch.clear();
+        self.batch.reserve(self.stage.bytes());
+        let mut objects = 0;
+        for family in Family::ALL {
+            self.batch.add_table(kernel_family(family), TABLE);
+            self.batch.delete_table(kernel_family(family), TABLE);
+            objects +=
+                write_skeleton(&mut self.batch, TABLE, family, &plan.node, |set| state.size(family, set));
+        }
+        let attribution = self.stage.write(&mut self.batch, &plan.node, &chains);
+        self.stage.written.everything = true;
+        objects += self.stage.changes() + chains.len();
+        let keys = &desired;
+        let attributed_to: Vec<ServiceKey> =
+            if attributed { keys.iter().map(|(key, _)| (*key).clone()).collect() } else { Vec::new() };
+        drop(desired);
+        self.commit(&attribution, |position| attributed_to[position].clone())?;
+        state.committed(&self.stage, chains);
+        self.state = state;
+        self.batch.clear();
+        Ok(objects)
+    }
+}
+
+fn next_generation(generation: u32) -> u32 {
+    // The kernel skips 0.
+    generation.checked_add(1).unwrap_or(1)
+}
+
+/// What should be in force: the plan, with the version before for Services left out.
+fn desired<'a>(
+    state: &'a State,
+    plan: &'a ForwardingPlan,
+    excluded: &Excluded,
+) -> Vec<(&'a ServiceKey, &'a Arc<ServicePlan>)> {
+    let choose = |(key, planned): (&'a ServiceKey, &'a Arc<ServicePlan>)| {
+        if excluded.contains_key(key) {
+            return state.services.get(key).map(|installed| (key, &installed.plan));
+        }
+        Some((key, planned))
+    };
+    plan.services.iter().filter_map(choose).collect()
+}
+
+fn excluded_by_plan<'a>(services: impl Iterator<Item = (&'a ServiceKey, &'a Arc<ServicePlan>)>) -> Excluded {
+    let mut excluded = Excluded::new();
+    for (key, service) in services {
+        if let Err(fault) = check(service) {
+            let kind = if fault.is_unsupported() { FailureKind::Unsupported } else { FailureKind::Kernel };
+            excluded.insert(key.clone(), (kind, fault.to_string()));
+        }
+    }
+    excluded
+}
+
+fn exclude(excluded: &mut Excluded, refused: Vec<(ServiceKey, Refusal)>) {
+    for (key, refusal) in refused {
+        let kind = if refusal.errno.is_resources() { FailureKind::Resources } else { FailureKind::Kernel };
+        let message = match &refusal.message {
+            Some(text) => format!("kernel refused elements of {key}: {} ({text})", refusal.errno),
+            None => format!("kernel refused elements of {key}: {}", refusal.errno),
+        };
+        excluded.entry(key).or_insert((kind, message));
+    }
+}
+
+/// Stages what makes the kernel's element equal to ours.
+fn compare(
+    stage: &mut Stage,
+    observed: &mut FxHashMap<(Family, SetId), FxHashMap<Key, Datum>>,
+    family: Family,
+    set: SetId,
+    key: &Key,
+    datum: Datum,
+) {
+    match observed.get_mut(&(family, set)).and_then(|elements| elements.remove(key)) {
+        Some(found) if found == datum => {}
+        Some(found) => {
+            stage.delete(family, set, key, found);
+            stage.add(family, set, key, datum);
+        }
+        None => stage.add(family, set, key, datum),
+    }
+}
+
+/// A Service with the indices that the kernel has for its endpoints, as far as they fit.
+fn adopt_order(
+    plan: &Arc<ServicePlan>,
+    observed: &FxHashMap<(Family, SetId), FxHashMap<Key, Datum>>,
+) -> Installed {
+    let mut installed = Installed::as_planned(plan);
+    for (position, port) in plan.ports.iter().enumerate() {
+        for pool in [Pool::Cluster, Pool::Local] {
+            let Some(frontend) = port.frontends.iter().find(|one| pools_of(one).any(|used| used == pool))
+            else {
+                continue;
+            };
+            let key = Key::frontend(port.protocol, frontend);
+            let elements = observed.get(&(port.family, SetId::endpoints(via(frontend), pool)));
+            let at = |index| match elements?.get(&Key::endpoint(&key, index)) {
+                Some(Datum::Target(target)) => Some(*target),
+                _ => None,
+            };
+            let mut order: Vec<_> = (0..).map_while(at).collect();
+            let mut sorted = order.clone();
+            sorted.sort_unstable();
+            if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
+                continue;
+            }
+            reorder(&mut order, &sorted, port.pool(pool));
+            if order != port.pool(pool) {
+                installed.orders.resize_with(plan.ports.len(), || [None, None]);
+                installed.orders[position][pool as usize] = Some(order.into_boxed_slice());
+            }
+        }
+    }
+    installed
+}
+
+/// Writes a table with its sets and fixed chains; returns how many objects that are.
+fn write_skeleton(
+    batch: &mut Batch,
+    table: &str,
+    family: Family,
+    node: &NodePlan,
+    size: impl Fn(SetId) -> u32,
+) -> usize {
+    let kernel = kernel_family(family);
+    batch.add_table(kernel, table);
+    for set in SetId::ALL {
+        batch.add_set(kernel, table, &set.declare(family, size(set)));
+    }
+    let fixed = layout::fixed(family, node);
+    for chain in &fixed {
+        batch.add_chain(kernel, table, &chain.chain);
+    }
+    let rules: Vec<_> = fixed.iter().flat_map(|chain| chain.kernel_rules(family)).collect();
+    for rule in &rules {
+        batch.add_rule(kernel, table, rule);
+    }
+    1 + SetId::ALL.len() + fixed.len() + rules.len()
+}
+
+/// Makes and deletes a table with everything the backend uses, in one transaction.
+pub(crate) fn probe(netfilter: &mut dyn Netfilter, table: &str) -> Result<(), Error> {
+    let node = NodePlan {
+        pods: None,
+        node_ports_v4: NodePortScope::AllLocal,
+        node_ports_v6: NodePortScope::AllLocal,
+        masquerade_mark: 1,
+    };
+    let way = |masquerade| Way::Targets { pool: Pool::Cluster, count: 1, masquerade };
+    let via = Via::Address;
+    let chains = [
+        SharedChain::Targets { via, pool: Pool::Cluster, count: 1 },
+        SharedChain::Marked { via, pool: Pool::Cluster, count: 1 },
+        SharedChain::BySource { via, ways: [way(false), way(true), Way::Nowhere] },
+        SharedChain::Refuse,
+    ];
+    let mut batch = Batch::new();
+    let mut objects = Vec::new();
+    for family in Family::ALL {
+        let kernel = kernel_family(family);
+        write_skeleton(&mut batch, table, family, &node, |_| size_for(0));
+        objects.push((batch.last_seq(), format!("the sets and base chains of an {} table", kernel.word())));
+        for chain in chains {
+            let layout = layout::shared(family, &node, chain);
+            batch.add_chain(kernel, table, &layout.chain);
+            for rule in layout.kernel_rules(family) {
+                batch.add_rule(kernel, table, &rule);
+            }
+            objects.push((
+                batch.last_seq(),
+                format!("the rules of chain {} in an {} table", chain.name(), kernel.word()),
+            ));
+        }
+        batch.delete_table(kernel, table);
+        objects.push((batch.last_seq(), format!("deleting an {} table", kernel.word())));
+    }
+    debug_assert_eq!(crate::sets::protocol_number(Protocol::Tcp), 6);
+    netfilter.commit(batch.finish()).map_err(|source| {
+        let seq = match &source {
+            CommitError::Refused(refusals) => refusals.iter().map(|refusal| refusal.seq).find(|seq| *seq > 0),
+            CommitError::Link(_) => None,
+        };
+        let object = objects.into_iter().find(|(last, _)| seq.is_some_and(|seq| seq <= *last));
+        let what = object.map_or_else(|| "an nf_tables transaction".to_owned(), |(_, what)| what);
+        Error::Lacks { what, source }
+    })
+}

@@ -1,0 +1,261 @@
+//! The rules, as clauses that have two forms: nft's text, and the kernel's expressions.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use lockstep_kernel::nf_tables::{CmpOp, Expression, PayloadBase, Verdict};
+use lockstep_model::Family;
+
+use crate::sets::{Field, SetId, TARGET};
+
+/// A part of a rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Clause {
+    /// First packet of a connection.
+    New,
+    /// The destination is an address of this node.
+    ToThisNode,
+    /// The source is an address of this node.
+    FromThisNode,
+    /// The destination is no loopback address.
+    NotToLoopback,
+    /// The source is in a network.
+    From(IpNet),
+    /// The key is in the set, or is not.
+    In { set: SetId, not: bool },
+    /// The map's verdict for the key.
+    VerdictOf(SetId),
+    /// DNAT to the map's entry for the key, with a random index below `count`.
+    TranslateBy { set: SetId, count: u32 },
+    /// The mark has this bit.
+    Marked(u32),
+    /// Sets this bit of the mark.
+    SetMark(u32),
+    /// Flips this bit of the mark.
+    FlipMark(u32),
+    /// Masquerade, with random source ports.
+    Masquerade,
+    /// ICMP port unreachable.
+    Reject,
+    /// A verdict.
+    Then(Verdict),
+}
+
+const CT_STATE: u32 = 0;
+const CT_STATE_NEW: u32 = 8;
+const META_MARK: u32 = 3;
+const META_L4PROTO: u32 = 16;
+const FIB_SADDR: u32 = 1;
+const FIB_DADDR: u32 = 2;
+const ADDRESS_TYPE_LOCAL: u32 = 2;
+const FULLY_RANDOM: u32 = 0x10;
+const PORT_UNREACHABLE_V4: u8 = 3;
+const PORT_UNREACHABLE_V6: u8 = 4;
+
+/// The kernel's number of the register that begins `words` four-byte words into the file.
+fn register(words: u32) -> u32 {
+    if words.is_multiple_of(4) { 1 + words / 4 } else { 8 + words }
+}
+
+impl Clause {
+    /// Appends the kernel's expressions for it.
+    pub(crate) fn expressions(&self, family: Family, out: &mut Vec<Expression>) {
+        match self {
+            Clause::New => {
+                out.push(Expression::Ct { key: CT_STATE, to: 1 });
+                out.push(mask(CT_STATE_NEW, 0));
+                out.push(compare(CmpOp::Neq, &[0; 4]));
+            }
+            Clause::ToThisNode => local(FIB_DADDR, out),
+            Clause::FromThisNode => local(FIB_SADDR, out),
+            Clause::NotToLoopback => match family {
+                Family::V4 => {
+                    out.push(load(Field::Daddr, family, 1));
+                    out.push(Expression::Bitwise {
+                        from: 1,
+                        to: 1,
+                        mask: vec![255, 0, 0, 0],
+                        xor: vec![0; 4],
+                    });
+                    out.push(compare(CmpOp::Neq, &[127, 0, 0, 0]));
+                }
+                Family::V6 => {
+                    out.push(load(Field::Daddr, family, 1));
+                    out.push(compare(CmpOp::Neq, &std::net::Ipv6Addr::LOCALHOST.octets()));
+                }
+            },
+            Clause::From(network) => from(network, family, out),
+            Clause::In { set, not } => {
+                load_key(set.key(), family, out);
+                out.push(Expression::Lookup { set: set.name().to_owned(), from: 1, to: None, invert: *not });
+            }
+            Clause::VerdictOf(map) => {
+                load_key(map.key(), family, out);
+                out.push(Expression::Lookup {
+                    set: map.name().to_owned(),
+                    from: 1,
+                    to: Some(0),
+                    invert: false,
+                });
+            }
+            Clause::TranslateBy { set, count } => {
+                let (index, fields) = set
+                    .key()
+                    .split_last()
+                    .map_or((0, &[][..]), |(_, fields)| (load_key(fields, family, out), fields));
+                debug_assert!(!fields.is_empty(), "a map of endpoints has an index");
+                out.push(Expression::Random { to: register(index), modulus: *count });
+                out.push(Expression::Lookup {
+                    set: set.name().to_owned(),
+                    from: 1,
+                    to: Some(1),
+                    invert: false,
+                });
+                out.push(Expression::Dnat {
+                    family: u32::from(kernel_family(family) as u8),
+                    address: 1,
+                    port: register(TARGET[0].length(family) / 4),
+                });
+            }
+            Clause::Marked(bit) => {
+                out.push(Expression::Meta { key: META_MARK, to: 1 });
+                out.push(mask(*bit, 0));
+                out.push(compare(CmpOp::Eq, &bit.to_ne_bytes()));
+            }
+            Clause::SetMark(bit) => set_mark(!*bit, *bit, out),
+            Clause::FlipMark(bit) => set_mark(u32::MAX, *bit, out),
+            Clause::Masquerade => out.push(Expression::Masquerade { flags: FULLY_RANDOM }),
+            Clause::Reject => out.push(Expression::RejectIcmp {
+                code: match family {
+                    Family::V4 => PORT_UNREACHABLE_V4,
+                    Family::V6 => PORT_UNREACHABLE_V6,
+                },
+            }),
+            Clause::Then(verdict) => out.push(Expression::Verdict(verdict.clone())),
+        }
+    }
+
+    /// Appends nft's text for it.
+    pub(crate) fn text(&self, family: Family, out: &mut String) {
+        let ip = kernel_family(family).word();
+        // Writing to a String cannot fail.
+        let _ = match self {
+            Clause::New => write!(out, "ct state new"),
+            Clause::ToThisNode => write!(out, "fib daddr type local"),
+            Clause::FromThisNode => write!(out, "fib saddr type local"),
+            Clause::NotToLoopback => match family {
+                Family::V4 => write!(out, "ip daddr != 127.0.0.0/8"),
+                Family::V6 => write!(out, "ip6 daddr != ::1"),
+            },
+            Clause::From(network) => write!(out, "{ip} saddr {network}"),
+            Clause::In { set, not } => {
+                let not = if *not { "!= " } else { "" };
+                write!(out, "{} {not}@{}", key_text(set.key(), family, 0), set.name())
+            }
+            Clause::VerdictOf(map) => {
+                write!(out, "{} vmap @{}", key_text(map.key(), family, 0), map.name())
+            }
+            Clause::TranslateBy { set, count } => {
+                write!(out, "dnat {ip} to {} map @{}", key_text(set.key(), family, *count), set.name())
+            }
+            Clause::Marked(bit) => write!(out, "meta mark & {bit:#010x} == {bit:#010x}"),
+            Clause::SetMark(bit) => write!(out, "meta mark set meta mark | {bit:#010x}"),
+            Clause::FlipMark(bit) => write!(out, "meta mark set meta mark ^ {bit:#010x}"),
+            Clause::Masquerade => write!(out, "masquerade fully-random"),
+            Clause::Reject => write!(out, "reject"),
+            Clause::Then(verdict) => match verdict {
+                Verdict::Drop => write!(out, "drop"),
+                Verdict::Accept => write!(out, "accept"),
+                Verdict::Return => write!(out, "return"),
+                Verdict::Jump(chain) => write!(out, "jump {chain}"),
+                Verdict::Goto(chain) => write!(out, "goto {chain}"),
+            },
+        };
+    }
+}
+
+/// Text of a key; `count` is the modulus of an index.
+pub(crate) fn key_text(fields: &[Field], family: Family, count: u32) -> String {
+    let ip = kernel_family(family).word();
+    let parts: Vec<String> = fields
+        .iter()
+        .map(|field| match field {
+            Field::Saddr => format!("{ip} saddr"),
+            Field::Daddr => format!("{ip} daddr"),
+            Field::L4Proto => "meta l4proto".to_owned(),
+            Field::Dport => "th dport".to_owned(),
+            Field::Index => format!("numgen random mod {count}"),
+        })
+        .collect();
+    parts.join(" . ")
+}
+
+pub(crate) fn kernel_family(family: Family) -> lockstep_kernel::nf_tables::Family {
+    match family {
+        Family::V4 => lockstep_kernel::nf_tables::Family::Ipv4,
+        Family::V6 => lockstep_kernel::nf_tables::Family::Ipv6,
+    }
+}
+
+/// Loads the fields into consecutive registers; returns the word after the last.
+fn load_key(fields: &[Field], family: Family, out: &mut Vec<Expression>) -> u32 {
+    let mut words = 0;
+    for field in fields {
+        out.push(load(*field, family, register(words)));
+        words += field.length(family) / 4;
+    }
+    words
+}
+
+fn load(field: Field, family: Family, to: u32) -> Expression {
+    let address = |v4, v6| Expression::Payload {
+        base: PayloadBase::Network,
+        offset: if family == Family::V4 { v4 } else { v6 },
+        length: field.length(family),
+        to,
+    };
+    match field {
+        Field::Saddr => address(12, 8),
+        Field::Daddr => address(16, 24),
+        Field::L4Proto => Expression::Meta { key: META_L4PROTO, to },
+        Field::Dport => Expression::Payload { base: PayloadBase::Transport, offset: 2, length: 2, to },
+        Field::Index => Expression::Random { to, modulus: 1 },
+    }
+}
+
+fn from(network: &IpNet, family: Family, out: &mut Vec<Expression>) {
+    out.push(load(Field::Saddr, family, 1));
+    if network.prefix_len() != network.max_prefix_len() {
+        let mask = octets(network.netmask());
+        let xor = vec![0; mask.len()];
+        out.push(Expression::Bitwise { from: 1, to: 1, mask, xor });
+    }
+    out.push(compare(CmpOp::Eq, &octets(network.network())));
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+fn local(flags: u32, out: &mut Vec<Expression>) {
+    out.push(Expression::FibAddressType { to: 1, flags });
+    out.push(compare(CmpOp::Eq, &ADDRESS_TYPE_LOCAL.to_ne_bytes()));
+}
+
+fn mask(mask: u32, xor: u32) -> Expression {
+    Expression::Bitwise { from: 1, to: 1, mask: mask.to_ne_bytes().to_vec(), xor: xor.to_ne_bytes().to_vec() }
+}
+
+fn compare(op: CmpOp, data: &[u8]) -> Expression {
+    Expression::Cmp { from: 1, op, data: data.to_vec() }
+}
+
+fn set_mark(keep: u32, flip: u32, out: &mut Vec<Expression>) {
+    out.push(Expression::Meta { key: META_MARK, to: 1 });
+    out.push(mask(keep, flip));
+    out.push(Expression::SetMeta { key: META_MARK, from: 1 });
+}

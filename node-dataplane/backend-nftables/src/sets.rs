@@ -1,0 +1,371 @@
+//! The sets and maps: their declarations, keys and data.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use lockstep_kernel::nf_tables::{Set, Verdict};
+use lockstep_model::{Family, Port, Protocol};
+use lockstep_view::{Frontend, Pool, Target};
+
+use crate::names::{SharedChain, Via};
+
+/// A set or map of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum SetId {
+    Frontends,
+    NodePorts,
+    Endpoints,
+    LocalEndpoints,
+    NodeEndpoints,
+    LocalNodeEndpoints,
+    NoEndpoints,
+    NoEndpointsNodePorts,
+    Hairpin,
+    NodeIps,
+    Restricted,
+    Allowed,
+}
+
+impl SetId {
+    pub(crate) const ALL: [SetId; 12] = [
+        SetId::Frontends,
+        SetId::NodePorts,
+        SetId::Endpoints,
+        SetId::LocalEndpoints,
+        SetId::NodeEndpoints,
+        SetId::LocalNodeEndpoints,
+        SetId::NoEndpoints,
+        SetId::NoEndpointsNodePorts,
+        SetId::Hairpin,
+        SetId::NodeIps,
+        SetId::Restricted,
+        SetId::Allowed,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            SetId::Frontends => "frontends",
+            SetId::NodePorts => "nodeports",
+            SetId::Endpoints => "endpoints",
+            SetId::LocalEndpoints => "local_endpoints",
+            SetId::NodeEndpoints => "node_endpoints",
+            SetId::LocalNodeEndpoints => "local_node_endpoints",
+            SetId::NoEndpoints => "no_endpoints",
+            SetId::NoEndpointsNodePorts => "no_endpoints_nodeports",
+            SetId::Hairpin => "hairpin",
+            SetId::NodeIps => "node_ips",
+            SetId::Restricted => "restricted",
+            SetId::Allowed => "allowed",
+        }
+    }
+
+    /// The map of verdicts for a kind of frontend.
+    pub(crate) fn frontends(via: Via) -> Self {
+        match via {
+            Via::Address => SetId::Frontends,
+            Via::NodePort => SetId::NodePorts,
+        }
+    }
+
+    /// The map of refusals for a kind of frontend.
+    pub(crate) fn refusals(via: Via) -> Self {
+        match via {
+            Via::Address => SetId::NoEndpoints,
+            Via::NodePort => SetId::NoEndpointsNodePorts,
+        }
+    }
+
+    /// The map of endpoints for a kind of frontend and a pool.
+    pub(crate) fn endpoints(via: Via, pool: Pool) -> Self {
+        match (via, pool) {
+            (Via::Address, Pool::Cluster) => SetId::Endpoints,
+            (Via::Address, Pool::Local) => SetId::LocalEndpoints,
+            (Via::NodePort, Pool::Cluster) => SetId::NodeEndpoints,
+            (Via::NodePort, Pool::Local) => SetId::LocalNodeEndpoints,
+        }
+    }
+
+    pub(crate) fn is_map(self) -> bool {
+        !matches!(self, SetId::Hairpin | SetId::NodeIps | SetId::Restricted | SetId::Allowed)
+    }
+
+    /// The fields of its key.
+    pub(crate) fn key(self) -> &'static [Field] {
+        match self {
+            SetId::Frontends | SetId::NoEndpoints | SetId::Restricted => {
+                &[Field::Daddr, Field::L4Proto, Field::Dport]
+            }
+            SetId::NodePorts | SetId::NoEndpointsNodePorts => &[Field::L4Proto, Field::Dport],
+            SetId::Endpoints | SetId::LocalEndpoints => {
+                &[Field::Daddr, Field::L4Proto, Field::Dport, Field::Index]
+            }
+            SetId::NodeEndpoints | SetId::LocalNodeEndpoints => &[Field::L4Proto, Field::Dport, Field::Index],
+            SetId::Hairpin => &[Field::Saddr, Field::Daddr],
+            SetId::NodeIps => &[Field::Daddr],
+            SetId::Allowed => &[Field::Daddr, Field::L4Proto, Field::Dport, Field::Saddr],
+        }
+    }
+
+    /// The declaration, for up to `size` elements.
+    pub(crate) fn declare(self, family: Family, size: u32) -> Set {
+        let ids = |fields: &[Field]| {
+            fields.iter().fold(0, |all, field| all << 6 | field.type_id(family)) // TYPE_BITS of nft
+        };
+        let length = |fields: &[Field]| fields.iter().map(|field| field.length(family)).sum();
+        let data = match self {
+            _ if !self.is_map() => None,
+            id if id.holds_targets() => Some((ids(&TARGET), length(&TARGET))),
+            _ => Some(Set::VERDICT),
+        };
+        let ranges = self == SetId::Allowed;
+        Set {
+            name: self.name().to_owned(),
+            flags: if ranges { Set::INTERVAL | Set::CONCATENATED } else { 0 },
+            key_type: ids(self.key()),
+            key_length: length(self.key()),
+            data,
+            size,
+            fields: if ranges {
+                self.key().iter().map(|field| field.significant(family)).collect()
+            } else {
+                Vec::new()
+            },
+            userdata: crate::userdata::of(self, family),
+        }
+    }
+
+    pub(crate) fn holds_targets(self) -> bool {
+        matches!(
+            self,
+            SetId::Endpoints | SetId::LocalEndpoints | SetId::NodeEndpoints | SetId::LocalNodeEndpoints
+        )
+    }
+}
+
+/// Data of the maps of endpoints.
+pub(crate) const TARGET: [Field; 2] = [Field::Daddr, Field::Dport];
+
+/// A field of a key, padded to four bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Field {
+    Saddr,
+    Daddr,
+    L4Proto,
+    Dport,
+    /// Index among the endpoints.
+    Index,
+}
+
+impl Field {
+    /// Length in a key.
+    pub(crate) fn length(self, family: Family) -> u32 {
+        self.significant(family).next_multiple_of(4)
+    }
+
+    /// Length without padding.
+    pub(crate) fn significant(self, family: Family) -> u32 {
+        match self {
+            Field::Saddr | Field::Daddr => match family {
+                Family::V4 => 4,
+                Family::V6 => 16,
+            },
+            Field::L4Proto => 1,
+            Field::Dport => 2,
+            Field::Index => 4,
+        }
+    }
+
+    /// nft's number of the data type.
+    fn type_id(self, family: Family) -> u32 {
+        match self {
+            Field::Saddr | Field::Daddr => match family {
+                Family::V4 => 7,
+                Family::V6 => 8,
+            },
+            Field::L4Proto => 12,
+            Field::Dport => 13,
+            Field::Index => 4,
+        }
+    }
+}
+
+/// A key of any of the sets, as the kernel has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Key {
+    length: u8,
+    bytes: [u8; 40],
+}
+
+impl Key {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
+    }
+
+    /// A key that the kernel reported; `None` where it is longer than any of ours.
+    pub(crate) fn read(bytes: &[u8]) -> Option<Self> {
+        let mut key = Self::empty();
+        if bytes.len() > key.bytes.len() {
+            return None;
+        }
+        key.push(bytes);
+        Some(key)
+    }
+
+    fn empty() -> Self {
+        Self { length: 0, bytes: [0; 40] }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        let start = usize::from(self.length);
+        self.bytes[start..start + bytes.len()].copy_from_slice(bytes);
+        self.length += u8::try_from(bytes.len().next_multiple_of(4)).unwrap_or(0);
+    }
+
+    fn push_address(&mut self, address: IpAddr) {
+        match address {
+            IpAddr::V4(address) => self.push(&address.octets()),
+            IpAddr::V6(address) => self.push(&address.octets()),
+        }
+    }
+
+    /// Key of a frontend.
+    pub(crate) fn frontend(protocol: Protocol, frontend: &Frontend) -> Self {
+        let mut key = Self::empty();
+        if let Some(address) = frontend.surface.address() {
+            key.push_address(address);
+        }
+        key.push(&[protocol_number(protocol)]);
+        key.push(&frontend.port.get().to_be_bytes());
+        key
+    }
+
+    /// Key of one of a frontend's endpoints.
+    pub(crate) fn endpoint(frontend: &Key, index: usize) -> Self {
+        let mut key = *frontend;
+        // The index comes out of a register, so it is in host order.
+        key.push(&u32::try_from(index).unwrap_or(u32::MAX).to_ne_bytes());
+        key
+    }
+
+    /// Key of an address.
+    pub(crate) fn address(address: IpAddr) -> Self {
+        let mut key = Self::empty();
+        key.push_address(address);
+        key
+    }
+
+    /// Key of an endpoint that meets itself.
+    pub(crate) fn hairpin(address: IpAddr) -> Self {
+        let mut key = Self::address(address);
+        key.push_address(address);
+        key
+    }
+
+    /// First key of a range of sources, and the last address.
+    pub(crate) fn allowed(frontend: &Key, sources: &IpNet) -> (Self, Datum) {
+        let mut key = *frontend;
+        key.push_address(sources.network());
+        (key, Datum::UpTo(sources.broadcast()))
+    }
+
+    /// Last key of a range that begins with this one.
+    pub(crate) fn range_end(&self, last: IpAddr) -> Self {
+        let mut key = *self;
+        key.length -= if last.is_ipv4() { 4 } else { 16 };
+        key.push_address(last);
+        key
+    }
+}
+
+/// What a set or map says about a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Datum {
+    /// That it is there.
+    Present,
+    /// That it is the first of a range up to this address.
+    UpTo(IpAddr),
+    /// An endpoint.
+    Target(Target),
+    /// `goto`.
+    Goto(SharedChain),
+    /// `drop`.
+    Drop,
+    /// What we never write.
+    Foreign,
+}
+
+impl Datum {
+    /// Reads what the kernel reports.
+    pub(crate) fn read(
+        set: SetId,
+        bytes: Option<&[u8]>,
+        verdict: Option<(i32, Option<&str>)>,
+        key_end: Option<&[u8]>,
+    ) -> Self {
+        match (bytes, verdict, key_end) {
+            (None, None, None) if !set.is_map() && set != SetId::Allowed => Datum::Present,
+            (None, None, Some(end)) if set == SetId::Allowed => {
+                read_last_address(end).map_or(Datum::Foreign, Datum::UpTo)
+            }
+            (Some(bytes), None, None) if set.holds_targets() => {
+                read_target(bytes).map_or(Datum::Foreign, Datum::Target)
+            }
+            (None, Some((code, chain)), None) if set.is_map() && !set.holds_targets() => {
+                match (code == Verdict::Drop.code(), chain.and_then(SharedChain::parse)) {
+                    (true, None) => Datum::Drop,
+                    (false, Some(chain)) if code == GOTO => Datum::Goto(chain),
+                    _ => Datum::Foreign,
+                }
+            }
+            _ => Datum::Foreign,
+        }
+    }
+}
+
+/// Code of `goto`.
+pub(crate) const GOTO: i32 = -4;
+
+/// Data of an endpoint, as the kernel has it: address, port, padding.
+pub(crate) fn target_bytes(target: &Target) -> ([u8; 20], usize) {
+    let mut bytes = [0; 20];
+    let end = match target.address {
+        IpAddr::V4(address) => {
+            bytes[..4].copy_from_slice(&address.octets());
+            4
+        }
+        IpAddr::V6(address) => {
+            bytes[..16].copy_from_slice(&address.octets());
+            16
+        }
+    };
+    bytes[end..end + 2].copy_from_slice(&target.port.get().to_be_bytes());
+    (bytes, end + 4)
+}
+
+fn read_target(bytes: &[u8]) -> Option<Target> {
+    let (address, port) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
+    let port = Port::new(u16::from_be_bytes([port[0], port[1]]))?;
+    Some(Target { address: read_address(address)?, port })
+}
+
+fn read_address(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => Some(IpAddr::from(*bytes.first_chunk::<4>()?)),
+        16 => Some(IpAddr::from(*bytes.first_chunk::<16>()?)),
+        _ => None,
+    }
+}
+
+fn read_last_address(key: &[u8]) -> Option<IpAddr> {
+    let address = if key.len() > 16 { 16 } else { 4 };
+    read_address(key.get(key.len().checked_sub(address)?..)?)
+}
+
+/// The number of a protocol in IP headers.
+pub(crate) fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+        Protocol::Sctp => 132,
+    }
+}

@@ -1,0 +1,258 @@
+//! A transaction while it is put together.
+//!
+//! Elements are encoded at once, one buffer per set and direction, so that thousands of
+//! them go out in a few messages, all deletions before all additions. Where refusals must
+//! be attributed, the buffers are cut at Service boundaries instead.
+
+use std::net::IpAddr;
+use std::ops::Range;
+
+use lockstep_kernel::nf_tables::{self, Batch, ElementOp, Verdict};
+use lockstep_model::Family;
+use lockstep_view::{NodePlan, PortPlan};
+use rustc_hash::FxHashMap;
+
+use crate::layout;
+use crate::names::{SharedChain, TABLE};
+use crate::rules::kernel_family;
+use crate::sets::{Datum, GOTO, Key, SetId, target_bytes};
+
+/// Elements of one set that are written.
+#[derive(Debug, Default)]
+pub(crate) struct Lane {
+    delete: Vec<u8>,
+    add: Vec<u8>,
+    pub(crate) deleted: usize,
+    pub(crate) added: usize,
+    sealed: [usize; 2],
+}
+
+/// A stretch of a lane that belongs to one Service.
+#[derive(Debug)]
+struct Mark {
+    lane: usize,
+    op: ElementOp,
+    bytes: Range<usize>,
+    service: usize,
+}
+
+/// What was written, for reading it back.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Written {
+    /// Elements, in the order of staging; `None` = deleted.
+    pub(crate) elements: Vec<(Family, SetId, Key, Option<Datum>)>,
+    /// More was written than is worth reading one by one.
+    pub(crate) everything: bool,
+    /// Chains were written.
+    pub(crate) chains: bool,
+}
+
+/// Past this, reading back everything is cheaper.
+const WRITTEN_LIMIT: usize = 4096;
+/// A buffer that a large transaction left behind is not kept past this.
+const KEEP_CAPACITY: usize = 64 << 10;
+const LANES: usize = SetId::ALL.len();
+
+/// The transaction.
+#[derive(Debug)]
+pub(crate) struct Stage {
+    lanes: Vec<Lane>,
+    marks: Vec<Mark>,
+    attributed: bool,
+    /// Changes of how many elements lead to a chain.
+    pub(crate) references: FxHashMap<(Family, SharedChain), i64>,
+    /// Changes of how many ports have a local endpoint.
+    pub(crate) hairpin: FxHashMap<IpAddr, i64>,
+    pub(crate) written: Written,
+    name: String,
+}
+
+/// Which Service a refused message belongs to.
+#[derive(Debug, Default)]
+pub(crate) struct Attribution {
+    /// Sequence numbers of messages, and the Service's position.
+    owners: Vec<(Range<u32>, usize)>,
+    /// False: messages hold elements of many Services.
+    pub(crate) complete: bool,
+}
+
+impl Attribution {
+    pub(crate) fn owner(&self, seq: u32) -> Option<usize> {
+        self.owners.iter().find(|(seqs, _)| seqs.contains(&seq)).map(|(_, service)| *service)
+    }
+}
+
+impl Stage {
+    pub(crate) fn new() -> Self {
+        Self {
+            lanes: (0..2 * LANES).map(|_| Lane::default()).collect(),
+            marks: Vec::new(),
+            attributed: false,
+            references: FxHashMap::default(),
+            hairpin: FxHashMap::default(),
+            written: Written::default(),
+            name: String::new(),
+        }
+    }
+
+    /// Begins anew. `attributed`: refusals can be told apart by Service, which costs
+    /// messages.
+    pub(crate) fn begin(&mut self, attributed: bool) {
+        for lane in &mut self.lanes {
+            for buffer in [&mut lane.delete, &mut lane.add] {
+                buffer.clear();
+                buffer.shrink_to(KEEP_CAPACITY);
+            }
+            (lane.deleted, lane.added, lane.sealed) = (0, 0, [0, 0]);
+        }
+        self.marks.clear();
+        self.attributed = attributed;
+        self.references.clear();
+        self.hairpin.clear();
+        self.written.elements.clear();
+        self.written.elements.shrink_to(WRITTEN_LIMIT);
+        (self.written.everything, self.written.chains) = (false, false);
+    }
+
+    pub(crate) fn lane(&self, family: Family, set: SetId) -> &Lane {
+        &self.lanes[lane_index(family, set)]
+    }
+
+    /// How many elements change.
+    pub(crate) fn changes(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.deleted + lane.added).sum()
+    }
+
+    /// Adds an element that must not be there, or is deleted in the same transaction.
+    pub(crate) fn add(&mut self, family: Family, set: SetId, key: &Key, datum: Datum) {
+        let lane = &mut self.lanes[lane_index(family, set)];
+        lane.added += 1;
+        let out = &mut lane.add;
+        match datum {
+            Datum::Present => nf_tables::put_key(out, key.bytes()),
+            Datum::UpTo(last) => nf_tables::put_range(out, key.bytes(), key.range_end(last).bytes()),
+            Datum::Target(target) => {
+                let (bytes, length) = target_bytes(&target);
+                nf_tables::put_mapping(out, key.bytes(), &bytes[..length]);
+            }
+            Datum::Goto(chain) => {
+                self.name.clear();
+                chain.write_name(&mut self.name);
+                nf_tables::put_verdict(out, key.bytes(), GOTO, Some(&self.name));
+                *self.references.entry((family, chain)).or_default() += 1;
+            }
+            Datum::Drop | Datum::Foreign => {
+                nf_tables::put_verdict(out, key.bytes(), Verdict::Drop.code(), None);
+            }
+        }
+        self.note(family, set, key, Some(datum));
+    }
+
+    /// Deletes an element that is there.
+    pub(crate) fn delete(&mut self, family: Family, set: SetId, key: &Key, datum: Datum) {
+        let lane = &mut self.lanes[lane_index(family, set)];
+        lane.deleted += 1;
+        match datum {
+            Datum::UpTo(last) => {
+                nf_tables::put_range(&mut lane.delete, key.bytes(), key.range_end(last).bytes());
+            }
+            _ => nf_tables::put_key(&mut lane.delete, key.bytes()),
+        }
+        if let Datum::Goto(chain) = datum {
+            *self.references.entry((family, chain)).or_default() -= 1;
+        }
+        self.note(family, set, key, None);
+    }
+
+    fn note(&mut self, family: Family, set: SetId, key: &Key, datum: Option<Datum>) {
+        if self.written.elements.len() < WRITTEN_LIMIT {
+            self.written.elements.push((family, set, *key, datum));
+        } else {
+            self.written.everything = true;
+        }
+    }
+
+    /// Counts a port's local endpoints in or out.
+    pub(crate) fn count_hairpin(&mut self, port: &PortPlan, by: i64) {
+        for target in &port.hairpin {
+            *self.hairpin.entry(target.address).or_default() += by;
+        }
+    }
+
+    /// What was staged since the last seal belongs to this Service.
+    pub(crate) fn seal(&mut self, service: usize) {
+        if !self.attributed {
+            return;
+        }
+        for (index, lane) in self.lanes.iter_mut().enumerate() {
+            let ends = [lane.delete.len(), lane.add.len()];
+            for (side, op) in [(0, ElementOp::Delete), (1, ElementOp::Add)] {
+                if ends[side] > lane.sealed[side] {
+                    self.marks.push(Mark { lane: index, op, bytes: lane.sealed[side]..ends[side], service });
+                }
+            }
+            lane.sealed = ends;
+        }
+    }
+
+    /// Writes chains, deletions and additions into a batch.
+    pub(crate) fn write(
+        &mut self,
+        batch: &mut Batch,
+        node: &NodePlan,
+        chains: &[(Family, SharedChain)],
+    ) -> Attribution {
+        self.written.chains |= !chains.is_empty();
+        write_chains(batch, node, chains);
+        let mut attribution = Attribution { owners: Vec::new(), complete: self.attributed };
+        for op in [ElementOp::Delete, ElementOp::Add] {
+            for mark in self.marks.iter().filter(|mark| mark.op == op) {
+                let first = batch.last_seq() + 1;
+                let lane = &self.lanes[mark.lane];
+                let buffer = if op == ElementOp::Delete { &lane.delete } else { &lane.add };
+                put_elements(batch, op, mark.lane, &buffer[mark.bytes.clone()]);
+                attribution.owners.push((first..batch.last_seq() + 1, mark.service));
+            }
+            for (index, lane) in self.lanes.iter().enumerate() {
+                let (buffer, sealed) = match op {
+                    ElementOp::Delete => (&lane.delete, lane.sealed[0]),
+                    ElementOp::Add => (&lane.add, lane.sealed[1]),
+                };
+                put_elements(batch, op, index, &buffer[sealed..]);
+            }
+        }
+        attribution
+    }
+
+    /// Bytes that the elements take in a batch, about.
+    pub(crate) fn bytes(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.delete.len() + lane.add.len()).sum::<usize>() * 33 / 32 + 4096
+    }
+}
+
+/// Writes chains that do not exist, all of them before the first rule.
+pub(crate) fn write_chains(batch: &mut Batch, node: &NodePlan, chains: &[(Family, SharedChain)]) {
+    let layouts: Vec<_> =
+        chains.iter().map(|(family, chain)| (*family, layout::shared(*family, node, *chain))).collect();
+    for (family, layout) in &layouts {
+        batch.add_chain(kernel_family(*family), TABLE, &layout.chain);
+    }
+    for (family, layout) in &layouts {
+        for rule in layout.kernel_rules(*family) {
+            batch.add_rule(kernel_family(*family), TABLE, &rule);
+        }
+    }
+}
+
+fn put_elements(batch: &mut Batch, op: ElementOp, lane: usize, encoded: &[u8]) {
+    let family = if lane < LANES { Family::V4 } else { Family::V6 };
+    batch.elements(op, kernel_family(family), TABLE, SetId::ALL[lane % LANES].name(), encoded);
+}
+
+fn lane_index(family: Family, set: SetId) -> usize {
+    let base = match family {
+        Family::V4 => 0,
+        Family::V6 => LANES,
+    };
+    base + set as usize
+}
