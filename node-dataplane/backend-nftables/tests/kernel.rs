@@ -1,5 +1,7 @@
 //! The backend on the real kernel, each test in a network namespace of its own. Needs root.
 
+#![allow(clippy::unwrap_used)] // a test states its expectations with unwrap
+
 mod support;
 
 use std::io::Write as _;

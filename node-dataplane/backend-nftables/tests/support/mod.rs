@@ -1,5 +1,6 @@
 //! Plans for tests, and what `nft` says about a namespace.
 #![allow(dead_code)] // every test binary uses a part
+#![allow(clippy::unwrap_used)] // a test states its expectations with unwrap
 
 use std::net::IpAddr;
 use std::process::Command;
