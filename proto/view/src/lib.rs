@@ -9,7 +9,15 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+mod claims;
+mod config;
+pub mod decide;
 pub mod plan;
+pub mod select;
+mod service;
+mod view;
 
 pub use backend::Backend;
+pub use config::{Facts, NodePortAddresses, ViewConfig};
 pub use plan::*;
+pub use view::{Changed, View};

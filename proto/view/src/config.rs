@@ -1,0 +1,142 @@
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use lockstep_model::{Family, NodeContext};
+
+use crate::{NodePlan, NodePortScope, PodSources};
+
+/// What the operator decided for this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ViewConfig {
+    /// Name of this node, as endpoints name it.
+    pub node_name: Arc<str>,
+    /// Families to plan for; the others of a Service are left out.
+    pub families: Vec<Family>,
+    /// Where pods of this cluster send from. A family without an entry has no way to tell
+    /// pods from others: no short circuit for pods, no masquerade on cluster IPs.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Which addresses of the node answer on node ports.
+    pub node_port_addresses: NodePortAddresses,
+    /// Masquerade everything that is sent to a cluster IP.
+    pub masquerade_all: bool,
+    /// The bit of the packet mark that means "masquerade", 0 to 31.
+    pub masquerade_bit: u8,
+}
+
+/// Which addresses of the node answer on node ports. Loopback addresses never do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// Every address local to the node.
+    AllLocal,
+    /// The node's primary address in each family.
+    Primary,
+    /// The node's addresses inside these. A family without a CIDR, or with the one that
+    /// holds everything, answers on every local address.
+    Cidrs(Vec<IpNet>),
+}
+
+/// The facts that planning uses, resolved once per change of node or configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// Name of this node.
+    pub node: Arc<str>,
+    /// Zone of this node.
+    pub zone: Option<Arc<str>>,
+    /// Primary address per family: the first of the family that the Node object states.
+    primary: [Option<IpAddr>; 2],
+    /// Families that are planned for.
+    planned: [bool; 2],
+    /// Families in which pods can be told from others.
+    pods: [bool; 2],
+    /// Masquerade everything that is sent to a cluster IP.
+    pub masquerade_all: bool,
+}
+
+impl ViewConfig {
+    /// The usual: both families, node ports on every local address, mark bit 14.
+    pub fn new(node_name: impl Into<Arc<str>>) -> Self {
+        Self {
+            node_name: node_name.into(),
+            families: Family::ALL.to_vec(),
+            cluster_cidrs: Vec::new(),
+            node_port_addresses: NodePortAddresses::AllLocal,
+            masquerade_all: false,
+            masquerade_bit: 14,
+        }
+    }
+
+    /// The part of a plan that holds for the whole node. `interfaces` are addresses that the
+    /// node has beside those of its Node object; only [`NodePortAddresses::Cidrs`] uses them.
+    pub fn node_plan(&self, node: &NodeContext, interfaces: &[IpAddr]) -> NodePlan {
+        let mut cidrs = self.cluster_cidrs.clone();
+        cidrs.sort_unstable();
+        cidrs.dedup();
+        NodePlan {
+            pods: (!cidrs.is_empty()).then_some(PodSources::Cidrs(cidrs)),
+            node_ports_v4: self.node_ports(Family::V4, node, interfaces),
+            node_ports_v6: self.node_ports(Family::V6, node, interfaces),
+            masquerade_mark: 1 << (self.masquerade_bit % 32),
+        }
+    }
+
+    fn node_ports(&self, family: Family, node: &NodeContext, interfaces: &[IpAddr]) -> NodePortScope {
+        let usable = |ip: &IpAddr| Family::of(*ip) == family && !ip.is_loopback();
+        let mut addresses: Vec<IpAddr> = match &self.node_port_addresses {
+            NodePortAddresses::AllLocal => return NodePortScope::AllLocal,
+            NodePortAddresses::Primary => primary(node, family).filter(usable).into_iter().collect(),
+            NodePortAddresses::Cidrs(cidrs) => {
+                let mut cidrs = cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family).peekable();
+                if cidrs.peek().is_none() || cidrs.clone().any(|cidr| cidr.prefix_len() == 0) {
+                    return NodePortScope::AllLocal;
+                }
+                let known = node.addresses.iter().chain(interfaces).copied().filter(usable);
+                known.filter(|ip| cidrs.clone().any(|cidr| cidr.contains(ip))).collect()
+            }
+        };
+        addresses.sort_unstable();
+        addresses.dedup();
+        NodePortScope::Addresses(addresses)
+    }
+}
+
+impl Facts {
+    /// The facts of a node under a configuration.
+    pub fn new(config: &ViewConfig, node: &NodeContext) -> Self {
+        Self {
+            node: config.node_name.clone(),
+            zone: node.zone.clone(),
+            primary: Family::ALL.map(|family| primary(node, family)),
+            planned: Family::ALL.map(|family| config.families.contains(&family)),
+            pods: Family::ALL
+                .map(|family| config.cluster_cidrs.iter().any(|cidr| Family::of(cidr.addr()) == family)),
+            masquerade_all: config.masquerade_all,
+        }
+    }
+
+    /// Primary address of the node in a family.
+    pub fn primary(&self, family: Family) -> Option<IpAddr> {
+        self.primary[index(family)]
+    }
+
+    /// True where the family is planned for.
+    pub fn plans(&self, family: Family) -> bool {
+        self.planned[index(family)]
+    }
+
+    /// True where pods of the family can be told from others.
+    pub fn tells_pods(&self, family: Family) -> bool {
+        self.pods[index(family)]
+    }
+}
+
+fn primary(node: &NodeContext, family: Family) -> Option<IpAddr> {
+    node.addresses.iter().copied().find(|ip| Family::of(*ip) == family)
+}
+
+fn index(family: Family) -> usize {
+    match family {
+        Family::V4 => 0,
+        Family::V6 => 1,
+    }
+}

@@ -1,0 +1,166 @@
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lockstep_model::{EndpointSet, NodeContext, ServiceKey, State};
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
+
+use crate::claims::{self, Claims, Index};
+use crate::config::{Facts, ViewConfig};
+use crate::{ForwardingPlan, ServicePlan, service};
+
+/// The plan of this node, kept up to date.
+///
+/// The plan depends on state, node and configuration alone, never on the order in which
+/// they came.
+#[derive(Debug)]
+pub struct View {
+    config: ViewConfig,
+    node: NodeContext,
+    interfaces: Vec<IpAddr>,
+    facts: Facts,
+    plan: ForwardingPlan,
+    index: Index,
+    /// The facts changed since the last update: every Service is planned again.
+    facts_changed: bool,
+    /// The node's part of the plan changed since the last update.
+    node_changed: bool,
+}
+
+/// What an update changed in the plan.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// Services whose plan is new, different or gone, sorted.
+    pub services: Vec<ServiceKey>,
+    /// The node's part changed: a backend needs a sync.
+    pub node: bool,
+}
+
+impl Changed {
+    /// True where the plan is what it was.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && !self.node
+    }
+}
+
+impl View {
+    /// An empty plan for a node of which only the name is known. The first update says that
+    /// the node's part is new.
+    pub fn new(config: ViewConfig) -> Self {
+        let node = NodeContext::unknown(config.node_name.clone());
+        let facts = Facts::new(&config, &node);
+        let plan = ForwardingPlan { node: config.node_plan(&node, &[]), services: FxHashMap::default() };
+        Self {
+            config,
+            node,
+            interfaces: Vec::new(),
+            facts,
+            plan,
+            index: Index::default(),
+            facts_changed: false,
+            node_changed: true,
+        }
+    }
+
+    /// Takes new facts about the node; the next [`update`](Self::update) uses them.
+    pub fn set_node(&mut self, node: NodeContext) {
+        self.node = node;
+        self.refresh();
+    }
+
+    /// Takes the addresses of the node's interfaces, for node ports that are restricted to
+    /// CIDRs; the next [`update`](Self::update) uses them.
+    pub fn set_interface_addresses(&mut self, addresses: Vec<IpAddr>) {
+        self.interfaces = addresses;
+        self.refresh();
+    }
+
+    fn refresh(&mut self) {
+        let facts = Facts::new(&self.config, &self.node);
+        self.facts_changed |= facts != self.facts;
+        self.facts = facts;
+        let node = self.config.node_plan(&self.node, &self.interfaces);
+        self.node_changed |= node != self.plan.node;
+        self.plan.node = node;
+    }
+
+    /// The plan as of the last update.
+    pub fn plan(&self) -> &ForwardingPlan {
+        &self.plan
+    }
+
+    /// The facts in use, for explanations.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// Plans the Services again of which a resource changed since the last update, in any
+    /// order, and whoever gains or loses an address by it. The caller names every one.
+    pub fn update(&mut self, state: &State, changed: &[ServiceKey]) -> Changed {
+        let mut services = Vec::new();
+        if std::mem::take(&mut self.facts_changed) {
+            let gone = self.plan.services.keys().filter(|key| state.service(key).is_none());
+            let gone: Vec<ServiceKey> = gone.cloned().collect();
+            let keys: Vec<&ServiceKey> = state.service_keys().chain(&gone).collect();
+            self.replan(state, &keys, &mut services);
+        } else {
+            let keys: SmallVec<[&ServiceKey; 4]> = changed.iter().collect();
+            self.replan(state, &keys, &mut services);
+        }
+        services.sort_unstable();
+        services.dedup();
+        Changed { services, node: std::mem::take(&mut self.node_changed) }
+    }
+
+    /// Claims first, then plans: a plan is made when everybody's claims are known.
+    fn replan(&mut self, state: &State, keys: &[&ServiceKey], changed: &mut Vec<ServiceKey>) {
+        let new = keys.len().saturating_sub(self.plan.services.len());
+        if new > 64 {
+            self.plan.services.reserve(new);
+            self.index.reserve(new);
+            changed.reserve(new);
+        }
+        let mut shaken = Vec::new();
+        for key in keys {
+            let old = self.plan.services.get(*key).map_or_else(Claims::new, |plan| claims::of_plan(plan));
+            let new = state.service(key);
+            let new = new.map_or_else(Claims::new, |service| claims::of_service(service, &self.facts));
+            self.index.replace(key, &old, &new, &mut shaken);
+        }
+        shaken.sort_unstable();
+        shaken.dedup();
+        for key in keys.iter().copied().chain(&shaken) {
+            if self.plan_service(state, key) {
+                changed.push(key.clone());
+            }
+        }
+    }
+
+    /// Plans one Service. False where its plan is what it was.
+    fn plan_service(&mut self, state: &State, key: &ServiceKey) -> bool {
+        let plan = state.service(key).and_then(|service| {
+            let sets: SmallVec<[&EndpointSet; 8]> = state.endpoint_sets(key).map(|set| &**set).collect();
+            service::plan(service, &sets, &self.facts, &self.index)
+        });
+        match (plan, self.plan.services.get_mut(key)) {
+            (None, None) => false,
+            (None, Some(_)) => self.plan.services.remove(key).is_some(),
+            (Some(new), Some(old)) if **old == new => false,
+            (Some(new), Some(old)) => {
+                *old = Arc::new(new);
+                true
+            }
+            (Some(new), None) => {
+                let key = new.key.clone();
+                self.plan.services.insert(key, Arc::new(new)).is_none()
+            }
+        }
+    }
+}
+
+impl ForwardingPlan {
+    /// The plan of one Service.
+    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<ServicePlan>> {
+        self.services.get(key)
+    }
+}
