@@ -20,6 +20,8 @@ pub(crate) struct Published {
     pub(crate) seq: u64,
     /// After the transaction.
     pub(crate) digest: Digest,
+    /// After the transaction.
+    pub(crate) resources: u64,
     pub(crate) at: Instant,
     pub(crate) trigger: Option<SystemTime>,
 }
@@ -27,7 +29,7 @@ pub(crate) struct Published {
 impl History {
     /// Starts with the state nobody published: empty, seq 0.
     pub(crate) fn new(capacity: usize, now: Instant) -> Self {
-        let start = Published { seq: 0, digest: Digest::EMPTY, at: now, trigger: None };
+        let start = Published { seq: 0, digest: Digest::EMPTY, resources: 0, at: now, trigger: None };
         Self {
             ring: VecDeque::from([start]),
             by_digest: HashMap::from([(Digest::EMPTY, 0)]),

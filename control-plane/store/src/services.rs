@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
 
-use lockstep_model::{Key, Resource, Service, ServiceKey};
+use lockstep_model::{Key, Resource, Service, ServiceKey, Version};
 
-use crate::store::{Entry, Store};
+use crate::store::Store;
 
 /// The slots of one Service in the store.
 #[derive(Debug, Default)]
@@ -35,10 +35,10 @@ pub struct PageEntry {
 /// One Service with everything that belongs to it.
 #[derive(Debug, Clone)]
 pub struct ServiceView {
-    /// The Service as it is sent.
-    pub service: Entry,
+    /// Version of the Service; the Service itself is in the summary.
+    pub version: Version,
     /// Its endpoint sets, sorted by slice name.
-    pub sets: Vec<Entry>,
+    pub sets: Vec<(Version, Resource)>,
     /// The same, counted.
     pub summary: PageEntry,
 }
@@ -69,8 +69,8 @@ impl Store {
     pub fn service(&self, key: &ServiceKey) -> Option<ServiceView> {
         let members = self.by_service.get(key)?;
         Some(ServiceView {
-            service: self.entry(members.service?)?,
-            sets: members.sets.iter().filter_map(|slot| self.entry(*slot)).collect(),
+            version: self.versioned(members.service?)?.0,
+            sets: members.sets.iter().filter_map(|slot| self.versioned(*slot)).collect(),
             summary: self.count(members)?,
         })
     }

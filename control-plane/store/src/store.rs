@@ -204,10 +204,29 @@ impl Store {
         if !changed {
             return None;
         }
-        self.seq = seq;
-        self.history.push(Published { seq, digest: self.digest, at: now, trigger });
+        self.publish(trigger, now);
         self.forget_tombstones();
         Some(seq)
+    }
+
+    /// Publishes the state as it is, where nothing was published yet: 0 stays the seq of
+    /// nothing, so a node that has verified an empty cluster can say so. Returns the seq.
+    pub fn begin(&mut self, now: Instant) -> u64 {
+        if self.seq == 0 {
+            self.publish(None, now);
+        }
+        self.seq
+    }
+
+    fn publish(&mut self, trigger: Option<SystemTime>, now: Instant) {
+        self.seq += 1;
+        self.history.push(Published {
+            seq: self.seq,
+            digest: self.digest,
+            resources: self.resource_count(),
+            at: now,
+            trigger,
+        });
     }
 
     fn upsert(&mut self, key: Key, resource: Resource, seq: u64) -> bool {
@@ -299,6 +318,10 @@ impl Store {
         self.content(slot).map(|content| &content.resource)
     }
 
+    pub(crate) fn versioned(&self, slot: u32) -> Option<(Version, Resource)> {
+        self.content(slot).map(|content| (content.version, content.resource.clone()))
+    }
+
     pub(crate) fn entry(&self, slot: u32) -> Option<Entry> {
         let content = self.content(slot)?;
         Some(Entry { key: self.key(slot).clone(), version: content.version, body: content.body.clone() })
@@ -314,7 +337,7 @@ impl Store {
     /// With `patches`, endpoint sets of which a client at `from` holds exactly the version
     /// before are given as a difference.
     pub fn delta(&self, from: u64, patches: bool) -> Option<Delta> {
-        if from < self.horizon || from > self.seq {
+        if !self.reaches(from) {
             return None;
         }
         let mut delta = Delta {
@@ -362,9 +385,19 @@ impl Store {
         self.history.seq_of(digest)
     }
 
-    /// Digest after a transaction, if it is remembered.
-    pub fn digest_at(&self, seq: u64) -> Option<Digest> {
-        self.history.get(seq).map(|published| published.digest)
+    /// The state after a transaction, if it is remembered.
+    pub fn position_at(&self, seq: u64) -> Option<Position> {
+        self.history.get(seq).map(|published| Position {
+            epoch: self.epoch.get(),
+            seq,
+            digest: published.digest,
+            resources: published.resources,
+        })
+    }
+
+    /// True where [`delta`](Self::delta) has an answer for this cursor.
+    pub fn reaches(&self, from: u64) -> bool {
+        (self.horizon..=self.seq).contains(&from)
     }
 
     /// When a transaction was published, if it is remembered.

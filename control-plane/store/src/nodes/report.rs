@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use lockstep_model::{Key, Version};
 
-/// How far a node has come with the transactions of one epoch. `None` = not even the empty
-/// state; verified <= applied <= received.
+/// How far a node has come with the transactions of one epoch. `None` = nothing of it yet;
+/// verified <= applied <= received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Levels {
     /// Decoded and stored.
@@ -83,7 +83,7 @@ pub enum Resume {
 pub struct Report {
     /// Epoch that the seqs belong to.
     pub epoch: u64,
-    /// How far the node has come; every level is set.
+    /// How far the node has come.
     pub levels: Levels,
     /// Summary.
     pub outcome: Outcome,

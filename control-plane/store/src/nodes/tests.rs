@@ -131,12 +131,14 @@ fn a_node_goes_through_its_states() {
 #[test]
 fn the_empty_state_too_must_be_verified() {
     let mut world = World::new();
+    let now = world.start;
+    world.store.begin(now);
     let stream = world.connect("n1", "x", 0).unwrap().stream;
     assert_eq!(world.state("n1"), NodeState::Behind);
-    assert_eq!(world.nodes.progress(0, Level::Verified, None, 20).done, 0);
-    world.ack(stream, 0, 1).unwrap();
+    assert_eq!(world.nodes.progress(1, Level::Verified, None, 20).done, 0);
+    world.ack(stream, 1, 1).unwrap();
     assert_eq!(world.state("n1"), NodeState::InSync);
-    assert_eq!(world.nodes.progress(0, Level::Verified, None, 20).done, 1);
+    assert_eq!(world.nodes.progress(1, Level::Verified, None, 20).done, 1);
 }
 
 #[test]

@@ -108,6 +108,16 @@ fn a_change_that_changes_nothing_publishes_nothing() {
 }
 
 #[test]
+fn an_empty_state_is_published_once() {
+    let mut store = store();
+    assert_eq!((store.begin(Instant::now()), store.begin(Instant::now())), (1, 1));
+    assert_eq!((store.head().digest, store.head().seq), (Digest::EMPTY, 1));
+    assert_eq!(store.seq_of(Digest::EMPTY), Some(1));
+    assert_eq!(store.apply(upsert(service("a", "b", 1)), Instant::now()), Some(2));
+    assert_eq!(store.begin(Instant::now()), 2);
+}
+
+#[test]
 fn a_patch_is_sent_only_to_who_holds_the_version_before() {
     let mut store = store();
     store.apply(upsert(set("a", "b", "s", &[2, 4, 6, 8])), Instant::now());
@@ -165,8 +175,8 @@ fn digests_are_remembered_for_as_long_as_the_ring_is() {
     let known: Vec<Option<u64>> = digests.iter().map(|digest| store.seq_of(*digest)).collect();
     assert_eq!(known[..6], [None; 6]);
     assert_eq!(known[6..], [Some(7), Some(8), Some(9), Some(10)]);
-    assert_eq!(store.digest_at(6), None);
-    assert_eq!(store.digest_at(10), Some(digests[9]));
+    assert_eq!(store.position_at(6), None);
+    assert_eq!(store.position_at(10), Some(store.head()));
 }
 
 #[test]
