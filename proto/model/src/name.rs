@@ -13,7 +13,7 @@ pub fn check_name(field: &str, text: &str) -> Result<(), InvalidField> {
         "is empty"
     } else if text.len() > MAX_NAME_BYTES {
         "is longer than 253 bytes"
-    } else if !text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_')) {
+    } else if !is_plain(text) {
         "has a character other than letters, digits, '-', '.' and '_'"
     } else {
         return Ok(());
@@ -23,8 +23,26 @@ pub fn check_name(field: &str, text: &str) -> Result<(), InvalidField> {
     Err(InvalidField { field: field.into(), value, reason: reason.into() })
 }
 
+/// Without branches, so that the compiler checks sixteen bytes at a time: a node checks three
+/// names per endpoint.
+fn is_plain(text: &str) -> bool {
+    text.bytes().fold(true, |plain, byte| {
+        let letter = (byte | 0x20).wrapping_sub(b'a') < 26;
+        let digit = byte.wrapping_sub(b'0') < 10;
+        plain & (letter | digit | (byte == b'-') | (byte == b'.') | (byte == b'_'))
+    })
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn every_byte_is_judged() {
+        for letter in (0..=u8::MAX).map(char::from) {
+            let plain = letter.is_ascii_alphanumeric() || "-._".contains(letter);
+            assert_eq!(super::is_plain(&format!("a{letter}")), plain, "{letter:?}");
+        }
+    }
+
     use super::check_name;
 
     #[test]

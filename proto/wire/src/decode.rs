@@ -420,6 +420,10 @@ fn push_hint(field: &str, list: &mut Vec<Arc<str>>, value: Value<'_>, interner: 
     if list.last().is_some_and(|last| *last >= hint) {
         return Err(invalid(&format!("{field}[{}]", list.len()), hint, "is not in order, or twice"));
     }
+    if list.is_empty() {
+        // One hint is the rule, and lists are kept without room to grow.
+        list.reserve_exact(1);
+    }
     list.push(hint);
     Ok(())
 }

@@ -26,7 +26,20 @@ fn malformed(reason: &'static str) -> DecodeError {
 }
 
 /// Takes a varint off the front. Canonical ones have no more bytes than they need.
+#[inline]
 pub(super) fn varint(bytes: &mut &[u8]) -> Result<u64> {
+    match bytes {
+        // Nearly all of them.
+        [byte @ ..0x80, rest @ ..] => {
+            let value = u64::from(*byte);
+            *bytes = rest;
+            Ok(value)
+        }
+        _ => long_varint(bytes),
+    }
+}
+
+fn long_varint(bytes: &mut &[u8]) -> Result<u64> {
     let mut value = 0;
     for (index, byte) in bytes.iter().enumerate().take(10) {
         let bits = u64::from(byte & 0x7f);
@@ -57,6 +70,7 @@ impl<'a> Fields<'a> {
         self.bytes.len()
     }
 
+    #[inline]
     pub(super) fn next(&mut self) -> Result<Option<(u32, Value<'a>)>> {
         if self.bytes.is_empty() {
             return Ok(None);
@@ -86,7 +100,8 @@ impl<'a> Fields<'a> {
     }
 
     fn take(&mut self, length: usize) -> Result<&'a [u8]> {
-        let (taken, rest) = self.bytes.split_at_checked(length).ok_or(malformed("ends inside a field"))?;
+        let (taken, rest) =
+            self.bytes.split_at_checked(length).ok_or_else(|| malformed("ends inside a field"))?;
         self.bytes = rest;
         Ok(taken)
     }
