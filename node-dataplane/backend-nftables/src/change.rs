@@ -4,10 +4,12 @@
 //! draw a number below the count: an endpoint that leaves is replaced by one that comes, or
 //! by the last one.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::sync::Arc;
 
 use lockstep_view::{Frontend, Pool, PortPlan, ServicePlan, Target};
+use smallvec::SmallVec;
 
 use crate::contents::{Installed, frontend_elements, pools_of, verdict_elements};
 use crate::layout::via;
@@ -22,13 +24,18 @@ pub(crate) struct Edit {
     pub(crate) new: Option<Target>,
 }
 
+/// Edits of one pool; nearly always one.
+pub(crate) type Edits = SmallVec<[Edit; 2]>;
+/// Endpoints that come or go.
+type Few = SmallVec<[Target; 4]>;
+
 /// Changes `order` (old endpoints by index) to hold `new`; both plans are sorted.
-pub(crate) fn reorder(order: &mut Vec<Target>, old: &[Target], new: &[Target]) -> Vec<Edit> {
+pub(crate) fn reorder(order: &mut Vec<Target>, old: &[Target], new: &[Target]) -> Edits {
     let (removed, mut added) = difference(old, new);
-    let mut holes: Vec<usize> =
+    let mut holes: SmallVec<[usize; 4]> =
         removed.iter().filter_map(|target| order.iter().position(|at| at == target)).collect();
     holes.sort_unstable();
-    let mut edits = Vec::with_capacity(holes.len().max(added.len()));
+    let mut edits = Edits::new();
     // Replace in place as long as both last, then fill holes from the end.
     added.reverse();
     let replaced = holes.len().min(added.len());
@@ -64,8 +71,8 @@ pub(crate) fn reorder(order: &mut Vec<Target>, old: &[Target], new: &[Target]) -
 }
 
 /// What only `old` has, and what only `new` has; both are sorted.
-fn difference(old: &[Target], new: &[Target]) -> (Vec<Target>, Vec<Target>) {
-    let (mut removed, mut added) = (Vec::new(), Vec::new());
+fn difference(old: &[Target], new: &[Target]) -> (Few, Few) {
+    let (mut removed, mut added) = (Few::new(), Few::new());
     merge(old, new, Ord::cmp, |old, new| match (old, new) {
         (Some(old), None) => removed.push(*old),
         (None, Some(new)) => added.push(*new),
@@ -120,12 +127,23 @@ pub(crate) fn stage_change(
 }
 
 fn stage_both(stage: &mut Stage, old: &Installed, new: &Arc<ServicePlan>) -> Installed {
+    let mut installed = Installed::as_planned(new);
+    let same_port = |(a, b): (&PortPlan, &PortPlan)| {
+        (a.family, a.protocol, a.port) == (b.family, b.protocol, b.port) && a.name == b.name
+    };
+    // Nearly always the ports are the same and only endpoints differ.
+    if old.plan.ports.len() == new.ports.len() && old.plan.ports.iter().zip(&new.ports).all(same_port) {
+        for position in 0..new.ports.len() {
+            let orders = stage_port(stage, old, position, &new.ports[position]);
+            keep_orders(&mut installed, position, orders);
+        }
+        return installed;
+    }
     let identity = |a: &(usize, &PortPlan), b: &(usize, &PortPlan)| {
         (a.1.family, a.1.protocol, a.1.port, &a.1.name).cmp(&(b.1.family, b.1.protocol, b.1.port, &b.1.name))
     };
     let old_ports: Vec<_> = old.plan.ports.iter().enumerate().collect();
     let new_ports: Vec<_> = new.ports.iter().enumerate().collect();
-    let mut installed = Installed::as_planned(new);
     merge(&old_ports, &new_ports, identity, |before, after| match (before, after) {
         (Some((position, port)), None) => {
             for frontend in &port.frontends {
@@ -141,14 +159,18 @@ fn stage_both(stage: &mut Stage, old: &Installed, new: &Arc<ServicePlan>) -> Ins
         }
         (Some((before, _)), Some((after, _))) => {
             let orders = stage_port(stage, old, *before, &new.ports[*after]);
-            if orders.iter().any(Option::is_some) {
-                installed.orders.resize_with(new.ports.len(), || [None, None]);
-                installed.orders[*after] = orders;
-            }
+            keep_orders(&mut installed, *after, orders);
         }
         (None, None) => {}
     });
     installed
+}
+
+fn keep_orders(installed: &mut Installed, port: usize, orders: [Option<Box<[Target]>>; 2]) {
+    if orders.iter().any(Option::is_some) {
+        installed.orders.resize_with(installed.plan.ports.len(), || [None, None]);
+        installed.orders[port] = orders;
+    }
 }
 
 /// Stages the changes of a port that stays; returns the orders that are not the plan's.
@@ -163,13 +185,15 @@ fn stage_port(
         stage.count_hairpin(before, -1);
         stage.count_hairpin(new, 1);
     }
-    let mut edits = [Vec::new(), Vec::new()];
+    let mut edits = [Edits::new(), Edits::new()];
     let orders = [Pool::Cluster, Pool::Local].map(|pool| {
-        let mut order = old.order(position, pool).to_vec();
-        if before.pool(pool) != new.pool(pool) {
-            edits[pool as usize] = reorder(&mut order, before.pool(pool), new.pool(pool));
+        let was = old.order(position, pool);
+        if before.pool(pool) == new.pool(pool) {
+            return Cow::Borrowed(was);
         }
-        order
+        let mut order = was.to_vec();
+        edits[pool as usize] = reorder(&mut order, before.pool(pool), new.pool(pool));
+        Cow::Owned(order)
     });
     let surface = |a: &Frontend, b: &Frontend| (a.surface, a.port).cmp(&(b.surface, b.port));
     merge(&before.frontends, &new.frontends, surface, |a, b| match (a, b) {
@@ -179,7 +203,7 @@ fn stage_port(
             stage_verdicts(stage, (before, a), (new, b));
             for pool in [Pool::Cluster, Pool::Local] {
                 let used = (pools_of(a).any(|used| used == pool), pools_of(b).any(|used| used == pool));
-                let (was, will) = (old.order(position, pool), &orders[pool as usize]);
+                let (was, will) = (old.order(position, pool), &*orders[pool as usize]);
                 stage_pool(stage, new, b, pool, used, (was, will, &edits[pool as usize]));
             }
         }
@@ -187,7 +211,8 @@ fn stage_port(
     });
     let mut orders = orders.into_iter();
     [Pool::Cluster, Pool::Local].map(|pool| {
-        orders.next().filter(|order| order.as_slice() != new.pool(pool)).map(Vec::into_boxed_slice)
+        let order = orders.next().filter(|order| **order != *new.pool(pool));
+        order.map(|order| order.into_owned().into_boxed_slice())
     })
 }
 

@@ -16,7 +16,7 @@ use crate::layout::{self, via};
 use crate::names::{SharedChain, TABLE, Via, Way};
 use crate::rules::kernel_family;
 use crate::sets::{Datum, Key, SetId};
-use crate::stage::{Attribution, Stage};
+use crate::stage::{Attribution, Stage, lane_index};
 use crate::state::{State, every_set, node_ips, size_for};
 use crate::{Error, Nftables, observe};
 
@@ -27,6 +27,14 @@ const ATTEMPTS: u32 = 4;
 
 /// Services that a transaction leaves out, and why.
 pub(crate) type Excluded = BTreeMap<ServiceKey, (FailureKind, String)>;
+
+/// A Service that changes.
+#[derive(Debug, Clone, Copy)]
+struct Changed<'a> {
+    key: &'a ServiceKey,
+    plan: Option<&'a Arc<ServicePlan>>,
+    slot: Option<usize>,
+}
 
 /// Why a transaction was not made.
 enum Fault {
@@ -79,10 +87,12 @@ impl<N: Netfilter> Nftables<N> {
             return self.sync_all(plan);
         }
         let mut seen = FxHashSet::default();
-        let changed: Vec<&ServiceKey> =
-            changed.iter().filter(|key| changed.len() == 1 || seen.insert(*key)).collect();
-        let planned = changed.iter().filter_map(|key| Some((*key, plan.services.get(*key)?)));
-        let mut excluded = excluded_by_plan(planned);
+        let changed: Vec<Changed<'_>> = changed
+            .iter()
+            .filter(|key| changed.len() == 1 || seen.insert(*key))
+            .map(|key| Changed { key, plan: plan.services.get(key), slot: self.state.services.slot(key) })
+            .collect();
+        let mut excluded = excluded_by_plan(changed.iter().filter_map(|one| Some((one.key, one.plan?))));
         let mut attributed = changed.len() <= ATTRIBUTE_UP_TO;
         loop {
             let fault = match self.apply_once(plan, &changed, &excluded, attributed) {
@@ -103,11 +113,12 @@ impl<N: Netfilter> Nftables<N> {
     }
 
     /// Records which Services are not in force as planned, of those that were written.
-    fn settle(&mut self, plan: &ForwardingPlan, changed: Option<&[&ServiceKey]>, excluded: Excluded) {
+    fn settle(&mut self, plan: &ForwardingPlan, changed: Option<&[Changed<'_>]>, excluded: Excluded) {
         match changed {
             None => self.failures.clear(),
-            Some(changed) => changed.iter().for_each(|key| {
-                self.failures.remove(*key);
+            Some(_) if self.failures.is_empty() => {}
+            Some(changed) => changed.iter().for_each(|one| {
+                self.failures.remove(one.key);
             }),
         }
         debug_assert!(excluded.keys().all(|key| plan.services.contains_key(key) || changed.is_some()));
@@ -119,32 +130,30 @@ impl<N: Netfilter> Nftables<N> {
     fn apply_once(
         &mut self,
         plan: &ForwardingPlan,
-        changed: &[&ServiceKey],
+        changed: &[Changed<'_>],
         excluded: &Excluded,
         attributed: bool,
     ) -> Result<usize, Fault> {
         self.stage.begin(attributed);
         let mut staged = Vec::with_capacity(changed.len());
-        for (position, key) in changed.iter().enumerate() {
-            if excluded.contains_key(*key) {
+        for (position, one) in changed.iter().enumerate() {
+            if !excluded.is_empty() && excluded.contains_key(one.key) {
                 continue;
             }
-            let (old, new) = (self.state.services.get(*key), plan.services.get(*key));
-            staged.push((*key, stage_change(&mut self.stage, old, new)));
+            let old = one.slot.and_then(|slot| self.state.services.at(slot));
+            staged.push((one, stage_change(&mut self.stage, old, one.plan)));
             self.stage.seal(position);
         }
         self.state.stage_hairpin(&mut self.stage);
         if !self.state.has_room(&self.stage) {
             return self.rebuild(plan, excluded, attributed);
         }
-        let objects = self.commit_stage(&plan.node, |position| changed[position].clone())?;
-        for (key, installed) in staged {
-            match installed {
-                Some(installed) => match self.state.services.get_mut(key) {
-                    Some(slot) => *slot = installed,
-                    None => drop(self.state.services.insert(key.clone(), installed)),
-                },
-                None => drop(self.state.services.remove(key)),
+        let objects = self.commit_stage(&plan.node, |position| changed[position].key.clone())?;
+        for (one, installed) in staged {
+            match (installed, one.slot) {
+                (Some(installed), Some(slot)) => self.state.services.replace(slot, installed),
+                (Some(installed), None) => self.state.services.insert(one.key.clone(), installed),
+                (None, _) => self.state.services.remove(one.key),
             }
         }
         self.reap();
@@ -234,20 +243,22 @@ impl<N: Netfilter> Nftables<N> {
     ) -> Result<usize, Fault> {
         let whole = |error: lockstep_kernel::netlink::Error| Fault::Whole(error.into());
         self.generation = Some(nf_tables::generation(&mut self.netfilter).map_err(whole)?);
-        let mut state = State { node: Some(plan.node.clone()), ..State::default() };
+        let mut state = State::of(&plan.node);
         for family in Family::ALL {
             let skeleton = observe::skeleton(&mut self.netfilter, family, &plan.node).map_err(whole)?;
             if !skeleton.drift.is_empty() {
                 return self.rebuild(plan, excluded, attributed);
             }
             state.chains.extend(skeleton.chains.into_iter().map(|chain| (family, chain)));
-            state.fill.extend(skeleton.sizes.into_iter().map(|(set, size)| ((family, set), (0, size))));
+            for (set, size) in skeleton.sizes {
+                state.set_fill(family, set, 0, size);
+            }
         }
         let mut observed = FxHashMap::default();
         for (family, set) in every_set() {
             let found = observe::elements(&mut self.netfilter, family, set).map_err(whole)?;
             let size = state.size(family, set);
-            state.fill.insert((family, set), (found.len(), size));
+            state.set_fill(family, set, found.len(), size);
             observed.insert((family, set), found);
         }
         self.adopt(plan, excluded, attributed, state, observed)
@@ -342,7 +353,7 @@ impl<N: Netfilter> Nftables<N> {
         excluded: &Excluded,
         attributed: bool,
     ) -> Result<usize, Fault> {
-        let mut state = State { node: Some(plan.node.clone()), ..State::default() };
+        let mut state = State::of(&plan.node);
         self.stage.begin(attributed);
         let desired = desired(&self.state, plan, excluded);
         state.services.reserve(desired.len());
@@ -357,8 +368,8 @@ impl<N: Netfilter> Nftables<N> {
             self.stage.add(Family::of(address), SetId::NodeIps, &Key::address(address), Datum::Present);
         }
         for (family, set) in every_set() {
-            let size = size_for(self.stage.lane(family, set).added);
-            state.fill.insert((family, set), (0, size));
+            let size = size_for(self.stage.lane(lane_index(family, set)).added);
+            state.set_fill(family, set, 0, size);
         }
         let chains = state.chains_to_make(&self.stage);
         self.batch.clear();
@@ -381,6 +392,7 @@ impl<N: Netfilter> Nftables<N> {
         state.committed(&self.stage, chains);
         self.state = state;
         self.batch.clear();
+        self.stage.release();
         Ok(objects)
     }
 }

@@ -57,6 +57,8 @@ const LANES: usize = SetId::ALL.len();
 #[derive(Debug)]
 pub(crate) struct Stage {
     lanes: Vec<Lane>,
+    /// Bit per lane that has anything.
+    touched: u32,
     marks: Vec<Mark>,
     attributed: bool,
     /// Changes of how many elements lead to a chain.
@@ -86,6 +88,7 @@ impl Stage {
     pub(crate) fn new() -> Self {
         Self {
             lanes: (0..2 * LANES).map(|_| Lane::default()).collect(),
+            touched: 0,
             marks: Vec::new(),
             attributed: false,
             references: FxHashMap::default(),
@@ -98,7 +101,8 @@ impl Stage {
     /// Begins anew. `attributed`: refusals can be told apart by Service, which costs
     /// messages.
     pub(crate) fn begin(&mut self, attributed: bool) {
-        for lane in &mut self.lanes {
+        for index in bits(std::mem::take(&mut self.touched)) {
+            let lane = &mut self.lanes[index];
             for buffer in [&mut lane.delete, &mut lane.add] {
                 buffer.clear();
                 buffer.shrink_to(KEEP_CAPACITY);
@@ -114,18 +118,25 @@ impl Stage {
         (self.written.everything, self.written.chains) = (false, false);
     }
 
-    pub(crate) fn lane(&self, family: Family, set: SetId) -> &Lane {
-        &self.lanes[lane_index(family, set)]
+    /// The lanes that have anything.
+    pub(crate) fn touched(&self) -> impl Iterator<Item = usize> + use<> {
+        bits(self.touched)
+    }
+
+    pub(crate) fn lane(&self, index: usize) -> &Lane {
+        &self.lanes[index]
     }
 
     /// How many elements change.
     pub(crate) fn changes(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.deleted + lane.added).sum()
+        self.touched().map(|index| self.lanes[index].deleted + self.lanes[index].added).sum()
     }
 
     /// Adds an element that must not be there, or is deleted in the same transaction.
     pub(crate) fn add(&mut self, family: Family, set: SetId, key: &Key, datum: Datum) {
-        let lane = &mut self.lanes[lane_index(family, set)];
+        let index = lane_index(family, set);
+        self.touched |= 1 << index;
+        let lane = &mut self.lanes[index];
         lane.added += 1;
         let out = &mut lane.add;
         match datum {
@@ -150,7 +161,9 @@ impl Stage {
 
     /// Deletes an element that is there.
     pub(crate) fn delete(&mut self, family: Family, set: SetId, key: &Key, datum: Datum) {
-        let lane = &mut self.lanes[lane_index(family, set)];
+        let index = lane_index(family, set);
+        self.touched |= 1 << index;
+        let lane = &mut self.lanes[index];
         lane.deleted += 1;
         match datum {
             Datum::UpTo(last) => {
@@ -184,7 +197,8 @@ impl Stage {
         if !self.attributed {
             return;
         }
-        for (index, lane) in self.lanes.iter_mut().enumerate() {
+        for index in bits(self.touched) {
+            let lane = &mut self.lanes[index];
             let ends = [lane.delete.len(), lane.add.len()];
             for (side, op) in [(0, ElementOp::Delete), (1, ElementOp::Add)] {
                 if ends[side] > lane.sealed[side] {
@@ -213,7 +227,8 @@ impl Stage {
                 put_elements(batch, op, mark.lane, &buffer[mark.bytes.clone()]);
                 attribution.owners.push((first..batch.last_seq() + 1, mark.service));
             }
-            for (index, lane) in self.lanes.iter().enumerate() {
+            for index in self.touched() {
+                let lane = &self.lanes[index];
                 let (buffer, sealed) = match op {
                     ElementOp::Delete => (&lane.delete, lane.sealed[0]),
                     ElementOp::Add => (&lane.add, lane.sealed[1]),
@@ -224,9 +239,17 @@ impl Stage {
         attribution
     }
 
+    /// Gives the memory of a large transaction back; what was written stays known.
+    pub(crate) fn release(&mut self) {
+        for lane in &mut self.lanes {
+            (lane.delete, lane.add) = (Vec::new(), Vec::new());
+        }
+    }
+
     /// Bytes that the elements take in a batch, about.
     pub(crate) fn bytes(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.delete.len() + lane.add.len()).sum::<usize>() * 33 / 32 + 4096
+        let bytes = |index: usize| self.lanes[index].delete.len() + self.lanes[index].add.len();
+        self.touched().map(bytes).sum::<usize>() * 33 / 32 + 4096
     }
 }
 
@@ -249,7 +272,17 @@ fn put_elements(batch: &mut Batch, op: ElementOp, lane: usize, encoded: &[u8]) {
     batch.elements(op, kernel_family(family), TABLE, SetId::ALL[lane % LANES].name(), encoded);
 }
 
-fn lane_index(family: Family, set: SetId) -> usize {
+/// The positions of the bits that are set.
+fn bits(mut set: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let next = (set != 0).then(|| set.trailing_zeros() as usize)?;
+        set &= set - 1;
+        Some(next)
+    })
+}
+
+/// Position of a set among those of both families.
+pub(crate) fn lane_index(family: Family, set: SetId) -> usize {
     let base = match family {
         Family::V4 => 0,
         Family::V6 => LANES,

@@ -10,7 +10,7 @@ use rustc_hash::FxHashMap;
 use crate::contents::Installed;
 use crate::names::SharedChain;
 use crate::sets::{Datum, Key, SetId};
-use crate::stage::Stage;
+use crate::stage::{Stage, lane_index};
 
 /// Sets begin with room for this many elements.
 const SMALLEST: usize = 1024;
@@ -20,7 +20,7 @@ const SMALLEST: usize = 1024;
 pub(crate) struct State {
     /// `None` = nothing is known, nothing was written.
     pub(crate) node: Option<NodePlan>,
-    pub(crate) services: FxHashMap<ServiceKey, Installed>,
+    pub(crate) services: Services,
     /// How many elements lead to a chain.
     pub(crate) references: FxHashMap<(Family, SharedChain), i64>,
     /// The shared chains that exist.
@@ -28,7 +28,73 @@ pub(crate) struct State {
     /// How many ports have a local endpoint at an address.
     pub(crate) hairpin: FxHashMap<IpAddr, i64>,
     /// Per set: elements, and how many fit.
-    pub(crate) fill: FxHashMap<(Family, SetId), (usize, u32)>,
+    fill: [Fill; 2 * SetId::ALL.len()],
+}
+
+/// How full a set is.
+#[derive(Debug, Default, Clone, Copy)]
+struct Fill {
+    elements: usize,
+    /// 0 = not declared yet.
+    size: u32,
+}
+
+/// The Services in force. A slot stays valid until its Service is removed, so that a
+/// transaction looks each Service up once.
+#[derive(Debug, Default)]
+pub(crate) struct Services {
+    slots: FxHashMap<ServiceKey, usize>,
+    installed: Vec<Option<Installed>>,
+    free: Vec<usize>,
+}
+
+impl Services {
+    pub(crate) fn slot(&self, key: &ServiceKey) -> Option<usize> {
+        self.slots.get(key).copied()
+    }
+
+    pub(crate) fn at(&self, slot: usize) -> Option<&Installed> {
+        self.installed.get(slot).and_then(Option::as_ref)
+    }
+
+    pub(crate) fn get(&self, key: &ServiceKey) -> Option<&Installed> {
+        self.at(self.slot(key)?)
+    }
+
+    pub(crate) fn contains_key(&self, key: &ServiceKey) -> bool {
+        self.slots.contains_key(key)
+    }
+
+    pub(crate) fn values(&self) -> impl Iterator<Item = &Installed> {
+        self.installed.iter().filter_map(Option::as_ref)
+    }
+
+    pub(crate) fn reserve(&mut self, services: usize) {
+        self.slots.reserve(services);
+        self.installed.reserve(services);
+    }
+
+    /// Replaces what is in a slot.
+    pub(crate) fn replace(&mut self, slot: usize, installed: Installed) {
+        self.installed[slot] = Some(installed);
+    }
+
+    /// Adds a Service that is not there.
+    pub(crate) fn insert(&mut self, key: ServiceKey, installed: Installed) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.installed.push(None);
+            self.installed.len() - 1
+        });
+        self.installed[slot] = Some(installed);
+        self.slots.insert(key, slot);
+    }
+
+    pub(crate) fn remove(&mut self, key: &ServiceKey) {
+        if let Some(slot) = self.slots.remove(key) {
+            self.installed[slot] = None;
+            self.free.push(slot);
+        }
+    }
 }
 
 /// Room for `elements` and half as many again.
@@ -37,29 +103,29 @@ pub(crate) fn size_for(elements: usize) -> u32 {
 }
 
 impl State {
+    /// Nothing but a node.
+    pub(crate) fn of(node: &NodePlan) -> Self {
+        Self { node: Some(node.clone()), ..Self::default() }
+    }
+
     pub(crate) fn size(&self, family: Family, set: SetId) -> u32 {
-        self.fill.get(&(family, set)).map_or_else(|| size_for(0), |(_, size)| *size)
+        match self.fill[lane_index(family, set)].size {
+            0 => size_for(0),
+            size => size,
+        }
     }
 
-    pub(crate) fn count(&self, family: Family, set: SetId) -> usize {
-        self.fill.get(&(family, set)).map_or(0, |(count, _)| *count)
+    /// A set was found or declared: so many elements, so many fit.
+    pub(crate) fn set_fill(&mut self, family: Family, set: SetId, elements: usize, size: u32) {
+        self.fill[lane_index(family, set)] = Fill { elements, size };
     }
 
-    /// How many elements a set will have after a transaction.
-    pub(crate) fn count_after(&self, stage: &Stage, family: Family, set: SetId) -> usize {
-        let lane = stage.lane(family, set);
-        (self.count(family, set) + lane.added).saturating_sub(lane.deleted)
-    }
-
-    /// True where every set has room for a transaction.
+    /// True where every set has room for a transaction. Deleted elements count as there
+    /// while the transaction is made.
     pub(crate) fn has_room(&self, stage: &Stage) -> bool {
-        every_set().all(|(family, set)| {
-            let lane = stage.lane(family, set);
-            // The kernel may count an element twice while it is being replaced.
-            lane.added == 0
-                || self.count(family, set) + lane.added <= self.size(family, set) as usize
-                || self.count_after(stage, family, set) + 64 <= self.size(family, set) as usize
-                    && lane.added <= 32
+        stage.touched().all(|index| {
+            let Fill { elements, size } = self.fill[index];
+            elements + stage.lane(index).added <= size as usize
         })
     }
 
@@ -113,12 +179,9 @@ impl State {
         for (address, by) in &stage.hairpin {
             add(&mut self.hairpin, *address, *by);
         }
-        for (family, set) in every_set() {
-            let lane = stage.lane(family, set);
-            if lane.added + lane.deleted > 0 {
-                let (count, size) = (self.count_after(stage, family, set), self.size(family, set));
-                self.fill.insert((family, set), (count, size));
-            }
+        for index in stage.touched() {
+            let (lane, fill) = (stage.lane(index), &mut self.fill[index]);
+            fill.elements = (fill.elements + lane.added).saturating_sub(lane.deleted);
         }
     }
 
