@@ -127,8 +127,17 @@ impl<N: Netfilter> Nftables<N> {
         &mut self.netfilter
     }
 
-    fn applied(&self, objects_changed: usize) -> Applied {
-        Applied { objects_changed, failures: self.failures.values().cloned().collect() }
+    fn outcome(&mut self, doing: &str, result: Result<usize, Error>) -> Result<Applied, BackendError> {
+        match result {
+            Ok(objects_changed) => {
+                Ok(Applied { objects_changed, failures: self.failures.values().cloned().collect() })
+            }
+            Err(error) => {
+                // Nothing was written, so there is nothing to read back.
+                self.stage.begin(false);
+                Err(backend_error(doing, error))
+            }
+        }
     }
 
     fn fail(&mut self, service: &ServiceKey, kind: FailureKind, message: String) {
@@ -153,13 +162,13 @@ impl<N: Netfilter> Backend for Nftables<N> {
     }
 
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {
-        let objects = self.sync_all(plan).map_err(|error| backend_error("sync", error))?;
-        Ok(self.applied(objects))
+        let result = self.sync_all(plan);
+        self.outcome("sync", result)
     }
 
     fn apply(&mut self, plan: &ForwardingPlan, changed: &[ServiceKey]) -> Result<Applied, BackendError> {
-        let objects = self.apply_changed(plan, changed).map_err(|error| backend_error("apply", error))?;
-        Ok(self.applied(objects))
+        let result = self.apply_changed(plan, changed);
+        self.outcome("apply", result)
     }
 
     fn verify(&mut self) -> Result<Vec<Drift>, BackendError> {

@@ -14,15 +14,14 @@ mod batch;
 mod declare;
 mod element;
 mod expression;
+pub mod fake;
 mod query;
 mod socket;
 
 pub use batch::{Batch, ElementOp};
 pub use element::{Element, Value, put_key, put_mapping, put_range, put_verdict};
 pub use expression::{CmpOp, Expression, PayloadBase, Verdict};
-pub use query::{
-    Step, chains, element_values, elements, generation, rules, sets, table_exists,
-};
+pub use query::{Step, chains, element_values, elements, generation, rules, sets, table_exists};
 pub use socket::Kernel;
 
 use crate::netlink::{self, Message, Refusal};
@@ -186,7 +185,7 @@ pub enum Dumped {
 
 /// nf_tables of one network namespace, at the level of messages.
 ///
-/// Implemented by [`Kernel`] and by a fake.
+/// Implemented by [`Kernel`] and by [`fake::FakeKernel`].
 pub trait Netfilter {
     /// Makes one transaction of a finished [`Batch`]'s bytes: all of it or nothing.
     fn commit(&mut self, batch: &[u8]) -> Result<(), CommitError>;

@@ -248,7 +248,9 @@ impl Expression {
                 Expression::FibAddressType { to: number(1)?, flags: number(3)? }
             }
             "nat" if number(1)? == 1 && number(7).unwrap_or(0) == NAT_FLAGS => {
-                if number(4) != number(3) || number(6) != number(5) {
+                // Where only one end is given, the kernel reports it as the other one too.
+                let one_value = |first, last| number(last).is_none_or(|last| Some(last) == number(first));
+                if !one_value(3, 4) || !one_value(5, 6) {
                     return None;
                 }
                 Expression::Dnat { family: number(2)?, address: number(3)?, port: number(5)? }

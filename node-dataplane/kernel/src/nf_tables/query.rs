@@ -2,8 +2,7 @@
 
 use super::batch::put_message;
 use super::{
-    Chain, ChainKind, Dumped, Element, Expression, Family, Hook, HookPoint, Netfilter, Rule, Set,
-    Value,
+    Chain, ChainKind, Dumped, Element, Expression, Family, Hook, HookPoint, Netfilter, Rule, Set, Value,
 };
 use crate::Errno;
 use crate::netlink::attr::{self, Attributes};

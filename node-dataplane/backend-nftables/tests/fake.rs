@@ -1,0 +1,268 @@
+//! The backend on a kernel in memory: failures, isolation, histories. Needs no root.
+#![allow(clippy::unwrap_used)] // a test states its expectations with unwrap
+
+mod support;
+
+use std::collections::BTreeMap;
+
+use lockstep_backend_nftables::Nftables;
+use lockstep_kernel::Errno;
+use lockstep_kernel::nf_tables::fake::{FakeKernel, Fault};
+use lockstep_kernel::nf_tables::{Batch, Chain, Family};
+use lockstep_model::Protocol;
+use lockstep_view::backend::FailureKind;
+use lockstep_view::{Backend, ForwardingPlan};
+use proptest::prelude::*;
+use support::*;
+
+fn synced(plan: &ForwardingPlan) -> Nftables<FakeKernel> {
+    let mut backend = Nftables::new(FakeKernel::new());
+    assert_eq!(backend.sync(plan).unwrap().failures, []);
+    assert_eq!(backend.verify().unwrap(), []);
+    backend
+}
+
+/// A Service with one cluster IP, 10.96.1.N, and these pods.
+fn small(n: u8, pods: &[u8]) -> std::sync::Arc<lockstep_view::ServicePlan> {
+    let targets = pods.iter().map(|pod| target(&format!("10.244.0.{pod}"), 80)).collect();
+    let mut frontend = cluster_ip(&format!("10.96.1.{n}"), 80);
+    if pods.is_empty() {
+        let reject = lockstep_view::Action::Reject;
+        (frontend.from_pod, frontend.from_node, frontend.from_elsewhere) = (reject, reject, reject);
+    }
+    service(&format!("s{n}"), vec![port_plan(Protocol::Tcp, 80, targets, vec![frontend])])
+}
+
+/// Key of the first endpoint of `small(n)` in the map of endpoints.
+fn endpoint_key(n: u8, index: u32) -> Vec<u8> {
+    [&[10, 96, 1, n, 6, 0, 0, 0, 0, 80, 0, 0][..], &index.to_ne_bytes()].concat()
+}
+
+#[test]
+fn the_same_plan_again_writes_nothing() {
+    let plan = every_shape();
+    let mut backend = synced(&plan);
+    let commits = backend.netfilter_mut().commits();
+    assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
+    let all: Vec<_> = plan.services.keys().cloned().collect();
+    assert_eq!(backend.apply(&plan, &all).unwrap().objects_changed, 0);
+    assert_eq!(backend.netfilter_mut().commits(), commits);
+}
+
+#[test]
+fn a_replaced_endpoint_is_one_element_out_and_one_in() {
+    let mut plan = plan([small(1, &[1, 2, 3]), small(2, &[4])]);
+    let mut backend = synced(&plan);
+    plan.services.insert(key("s1"), small(1, &[1, 3, 9]));
+    assert_eq!(backend.apply(&plan, &[key("s1")]).unwrap().objects_changed, 2);
+    assert_eq!(backend.verify().unwrap(), []);
+}
+
+#[test]
+fn one_refused_service_keeps_its_version_and_hurts_nobody() {
+    let mut plan = plan([small(1, &[1]), small(2, &[2])]);
+    let mut backend = synced(&plan);
+    backend.netfilter_mut().refuse_key(&endpoint_key(1, 1), Errno::NOMEM);
+    plan.services.insert(key("s1"), small(1, &[1, 5]));
+    plan.services.insert(key("s2"), small(2, &[2, 6]));
+    plan.services.insert(key("s3"), small(3, &[3]));
+    let applied = backend.apply(&plan, &[key("s1"), key("s2"), key("s3")]).unwrap();
+    assert_eq!(applied.failures.len(), 1);
+    let failure = &applied.failures[0];
+    assert_eq!((&failure.service, failure.kind), (&key("s1"), FailureKind::Resources));
+    assert!(failure.previous_in_force);
+    assert_eq!(backend.verify().unwrap(), []);
+    let endpoints = backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "endpoints");
+    assert!(endpoints.contains_key(&endpoint_key(2, 1)) && endpoints.contains_key(&endpoint_key(3, 0)));
+    assert!(endpoints.contains_key(&endpoint_key(1, 0)) && !endpoints.contains_key(&endpoint_key(1, 1)));
+
+    // A full comparison reports it as well, and nothing else changes.
+    let synced = backend.sync(&plan).unwrap();
+    assert_eq!((synced.objects_changed, synced.failures.len()), (0, 1));
+    // Once the kernel takes it, it is in force.
+    backend.netfilter_mut().refuse_nothing();
+    let healed = backend.sync(&plan).unwrap();
+    assert_eq!(healed.failures, []);
+    assert_eq!(backend.verify().unwrap(), []);
+}
+
+#[test]
+fn a_refused_service_among_many_is_found_in_a_full_programming_too() {
+    let many = plan((0..100).map(|n| small(n, &[n])));
+    let mut backend = Nftables::new(FakeKernel::new());
+    backend.netfilter_mut().refuse_key(&endpoint_key(42, 0), Errno::INVAL);
+    let applied = backend.sync(&many).unwrap();
+    let failed: Vec<_> = applied.failures.iter().map(|failure| failure.service.clone()).collect();
+    assert_eq!(failed, [key("s42")]);
+    assert!(!applied.failures[0].previous_in_force);
+    assert_eq!(backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "frontends").len(), 99);
+}
+
+#[test]
+fn a_plan_that_cannot_be_programmed_is_refused_alone() {
+    let mut odd = (*small(1, &[1])).clone();
+    odd.ports[0].affinity_seconds = Some(60);
+    let mut crooked = (*small(2, &[2])).clone();
+    crooked.ports[0].cluster = vec![target("fd00::1", 80)];
+    let plan = plan([std::sync::Arc::new(odd), std::sync::Arc::new(crooked), small(3, &[3])]);
+    let mut backend = Nftables::new(FakeKernel::new());
+    let failures = backend.sync(&plan).unwrap().failures;
+    let kinds: Vec<_> = failures.iter().map(|failure| (failure.service.clone(), failure.kind)).collect();
+    assert_eq!(kinds, [(key("s1"), FailureKind::Unsupported), (key("s2"), FailureKind::Kernel)]);
+    assert_eq!(backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "frontends").len(), 1);
+}
+
+#[test]
+fn a_failed_transaction_changes_nothing_and_the_next_one_catches_up() {
+    let mut plan = plan([small(1, &[1])]);
+    let mut backend = synced(&plan);
+    let before = backend.render();
+    plan.services.insert(key("s1"), small(1, &[1, 2]));
+    for fault in [Fault::Send(Errno(libc_enobufs())), Fault::Commit(Errno::NOMEM)] {
+        backend.netfilter_mut().fail_once(fault);
+        backend.apply(&plan, &[key("s1")]).unwrap_err();
+        assert_eq!(backend.render(), before);
+    }
+    backend.apply(&plan, &[key("s1")]).unwrap();
+    assert_eq!(backend.verify().unwrap(), []);
+}
+
+fn libc_enobufs() -> i32 {
+    105
+}
+
+#[test]
+fn an_interrupted_dump_is_repeated() {
+    let plan = every_shape();
+    let mut backend = synced(&plan);
+    for _ in 0..3 {
+        backend.netfilter_mut().fail_once(Fault::InterruptedDump);
+    }
+    assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
+}
+
+#[test]
+fn sets_grow_before_they_are_full() {
+    let mut plan = plan([]);
+    let mut backend = synced(&plan);
+    for n in 0..20 {
+        let pods: Vec<u8> = (0..=254).collect();
+        plan.services.insert(key(&format!("s{n}")), small(n, &pods));
+        assert_eq!(backend.apply(&plan, &[key(&format!("s{n}"))]).unwrap().failures, []);
+    }
+    assert_eq!(backend.verify().unwrap(), []);
+    assert_eq!(backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "endpoints").len(), 20 * 255);
+}
+
+#[test]
+fn foreign_changes_are_noticed_and_repaired_and_our_own_are_not() {
+    let mut plan = every_shape();
+    let mut backend = synced(&plan);
+    assert!(!backend.disturbed().unwrap());
+    plan.services.insert(key("s1"), small(1, &[1]));
+    backend.apply(&plan, &[key("s1")]).unwrap();
+    assert!(!backend.disturbed().unwrap(), "our own change");
+
+    let mut theirs = Batch::new();
+    theirs.add_table(Family::Ipv4, "theirs");
+    backend.netfilter_mut().disturb(theirs.finish()).unwrap();
+    assert!(!backend.disturbed().unwrap(), "another table");
+
+    let mut ours = Batch::new();
+    ours.add_chain(Family::Ipv4, "lockstep", &Chain { name: "odd".to_owned(), hook: None });
+    backend.netfilter_mut().disturb(ours.finish()).unwrap();
+    assert!(backend.disturbed().unwrap());
+    assert!(!backend.disturbed().unwrap(), "said once");
+    assert!(backend.sync(&plan).unwrap().objects_changed > 0);
+    assert_eq!(backend.verify().unwrap(), []);
+    assert!(!backend.disturbed().unwrap());
+
+    backend.netfilter_mut().fail_once(Fault::LostNotifications);
+    let mut theirs = Batch::new();
+    theirs.delete_table(Family::Ipv4, "theirs");
+    backend.netfilter_mut().disturb(theirs.finish()).unwrap();
+    assert!(backend.disturbed().unwrap(), "what was lost may have been ours");
+}
+
+#[test]
+fn chains_are_made_when_first_used_and_removed_when_last_left() {
+    let mut plan = plan([small(1, &[1, 2])]);
+    let mut backend = synced(&plan);
+    assert!(backend.render().contains("chain svc.c2 {"));
+    plan.services.insert(key("s1"), small(1, &[1, 2, 3]));
+    backend.apply(&plan, &[key("s1")]).unwrap();
+    assert!(!backend.render().contains("chain svc.c2 {") && backend.render().contains("chain svc.c3 {"));
+    plan.services.remove(&key("s1"));
+    backend.apply(&plan, &[key("s1")]).unwrap();
+    assert!(!backend.render().contains("chain svc"));
+    assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
+}
+
+/// The elements of every map, with the endpoints of each frontend as a sorted list: what
+/// is in force, whatever index an endpoint has.
+fn logical(text: &str) -> BTreeMap<String, Vec<String>> {
+    let mut logical: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut section = String::new();
+    for line in text.lines().map(|line| line.trim().trim_start_matches("elements = {").trim()) {
+        if line.starts_with("map ") || line.starts_with("set ") || line.starts_with("chain ") {
+            line.clone_into(&mut section);
+        }
+        let line = line.trim_end_matches(['}', ',', ' ']);
+        let (name, value) = match (section.contains("endpoints {"), line.split_once(" : ")) {
+            (true, Some((key, value))) if !section.contains("no_") && !line.starts_with("typeof") => {
+                let frontend = key.rsplit_once(" . ").map_or(key, |(frontend, _)| frontend);
+                (format!("{section} {frontend}"), value.to_owned())
+            }
+            _ if line.starts_with("size ") => continue,
+            _ => (section.clone(), line.to_owned()),
+        };
+        logical.entry(name).or_default().push(value);
+    }
+    logical.values_mut().for_each(|values| values.sort());
+    logical
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever the history, what is in force is what a fresh start would write, every
+    /// map's indices are dense, and the kernel agrees.
+    #[test]
+    fn any_history_ends_where_a_fresh_start_ends(
+        steps in proptest::collection::vec(
+            (0_u8..6, proptest::option::of(proptest::collection::btree_set(0_u8..12, 0..9))), 1..30)
+    ) {
+        let mut plan = plan([]);
+        let mut backend = synced(&plan);
+        for chunk in steps.chunks(3) {
+            let mut changed = Vec::new();
+            for (n, pods) in chunk {
+                let name = key(&format!("s{n}"));
+                match pods {
+                    Some(pods) => {
+                        let pods: Vec<u8> = pods.iter().copied().collect();
+                        plan.services.insert(name.clone(), small(*n, &pods));
+                    }
+                    None => drop(plan.services.remove(&name)),
+                }
+                changed.push(name);
+            }
+            prop_assert_eq!(backend.apply(&plan, &changed).unwrap().failures, vec![]);
+            prop_assert_eq!(backend.verify().unwrap(), vec![]);
+        }
+        let fresh = synced(&plan);
+        prop_assert_eq!(logical(&backend.render()), logical(&fresh.render()));
+        let endpoints = backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "endpoints");
+        for service in plan.services.values() {
+            let port = &service.ports[0];
+            let n: u8 = service.key.name[1..].parse().unwrap();
+            for index in 0..port.cluster.len() {
+                prop_assert!(endpoints.contains_key(&endpoint_key(n, index.try_into().unwrap())));
+            }
+        }
+        let expected: usize = plan.services.values().map(|service| service.ports[0].cluster.len()).sum();
+        prop_assert_eq!(endpoints.len(), expected);
+        // Somebody who starts now adopts all of it.
+        prop_assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
+    }
+}
