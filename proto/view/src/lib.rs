@@ -12,9 +12,12 @@ pub mod backend;
 mod claims;
 mod config;
 pub mod decide;
+pub mod explain;
 pub mod plan;
 pub mod select;
 mod service;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use backend::Backend;

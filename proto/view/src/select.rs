@@ -97,6 +97,11 @@ impl<'a> Candidates<'a> {
         self.ready + self.draining > 0
     }
 
+    /// True where this very endpoint stands for the target after merging.
+    pub(crate) fn counts(&self, target: Target, endpoint: &Endpoint) -> bool {
+        self.list.iter().any(|it| it.target == target && std::ptr::eq(it.endpoint, endpoint))
+    }
+
     /// The endpoints in order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Candidate<'a>> {
         self.list.iter()

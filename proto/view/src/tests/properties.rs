@@ -1,0 +1,92 @@
+//! Random histories: the plan equals the oracle's, a fresh view's, and says what changed.
+
+use std::collections::BTreeSet;
+
+use lockstep_model::{Key, ServiceKey, State};
+use proptest::prelude::*;
+
+use super::cluster::{Cluster, Draw};
+use super::oracle::Oracle;
+use crate::View;
+
+/// Sorted pairs of an old and a new plan, as the set of keys in which they differ.
+fn differences<T: PartialEq>(
+    old: &std::collections::BTreeMap<ServiceKey, T>,
+    new: &std::collections::BTreeMap<ServiceKey, T>,
+) -> Vec<ServiceKey> {
+    let keys: BTreeSet<&ServiceKey> = old.keys().chain(new.keys()).collect();
+    keys.into_iter().filter(|key| old.get(key) != new.get(key)).cloned().collect()
+}
+
+/// One random change of the state; returns the Service concerned.
+fn change(draw: &mut Draw, state: &mut State) -> ServiceKey {
+    let resource = match draw.0.u8(..10) {
+        0 => {
+            let key = draw.key();
+            state.remove(&Key::Service(key.clone()));
+            return key;
+        }
+        1 => {
+            let key = draw.set_key();
+            state.remove(&Key::EndpointSet(key.clone()));
+            return key.service;
+        }
+        2..6 => draw.service().into(),
+        _ => lockstep_model::Resource::from(draw.set()),
+    };
+    let key = resource.key().service().clone();
+    state.upsert(resource.version(), resource);
+    key
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_history_gives_the_plan_that_the_state_alone_gives(seed: u64, batches in prop::collection::vec(1u8..4, 1..12)) {
+        let mut draw = Draw(fastrand::Rng::with_seed(seed));
+        let config = draw.config();
+        let mut cluster = Cluster::new(config.clone());
+        let mut node = super::cluster::node();
+        for changes in batches {
+            let mut keys: Vec<ServiceKey> =
+                (0..changes).map(|_| change(&mut draw, &mut cluster.state)).collect();
+            if draw.0.u8(..4) == 0 {
+                node = draw.node();
+                cluster.view.set_node(node.clone());
+            }
+            draw.0.shuffle(&mut keys);
+            let before = cluster.plans();
+            let changed = cluster.view.update(&cluster.state, &keys);
+            let after = cluster.plans();
+            prop_assert_eq!(&changed.services, &differences(&before, &after));
+
+            let oracle = Oracle::new(&config, &node, &cluster.state).plans();
+            for key in differences(&after, &oracle) {
+                prop_assert_eq!(after.get(&key), oracle.get(&key), "{}", key);
+            }
+
+            let mut fresh = View::new(config.clone());
+            fresh.set_node(node.clone());
+            let all: Vec<ServiceKey> = cluster.state.service_keys().cloned().collect();
+            fresh.update(&cluster.state, &all);
+            prop_assert_eq!(fresh.plan(), cluster.view.plan());
+        }
+    }
+
+    #[test]
+    fn the_order_of_named_services_has_no_say(seed: u64) {
+        let mut draw = Draw(fastrand::Rng::with_seed(seed));
+        let config = draw.config();
+        let (mut one, mut other) = (Cluster::new(config.clone()), Cluster::new(config));
+        let mut keys: Vec<_> = (0..12).map(|_| change(&mut draw, &mut one.state)).collect();
+        let first = one.view.update(&one.state, &keys);
+        draw.0.shuffle(&mut keys);
+        for key in &keys {
+            other.view.update(&one.state, std::slice::from_ref(key));
+        }
+        prop_assert_eq!(one.view.plan(), other.view.plan());
+        prop_assert!(first.services.is_sorted());
+        prop_assert!(one.view.update(&one.state, &keys).is_empty());
+    }
+}

@@ -1,0 +1,363 @@
+//! The rules one by one, each by its name.
+
+use lockstep_model::{EndpointPort, Family, Key, Protocol, ServiceType, TrafficPolicy};
+
+use super::cluster::*;
+use crate::explain::{Exclusion, explain};
+use crate::{
+    Action, HealthCheck, NodePortAddresses, NodePortScope, Pool, PortPlan, ServicePlan, Surface, Target,
+    ViewConfig,
+};
+
+/// `address:port` of a pool.
+fn texts(targets: &[Target]) -> Vec<String> {
+    targets.iter().map(|it| std::net::SocketAddr::new(it.address, it.port.get()).to_string()).collect()
+}
+
+fn only_port(plan: &ServicePlan) -> &PortPlan {
+    assert_eq!(plan.ports.len(), 1);
+    &plan.ports[0]
+}
+
+/// Cluster pool of a one-port Service with these endpoints in one slice.
+fn cluster_pool(endpoints: Vec<lockstep_model::Endpoint>) -> Vec<String> {
+    let mut cluster = Cluster::new(config());
+    let web = service("a/web", &["172.30.0.1"]);
+    cluster.put(web.clone());
+    cluster.put(slice(&web, "s1", endpoints));
+    texts(&only_port(&cluster.plan(&web)).cluster)
+}
+
+#[test]
+fn ready_endpoints_are_used_and_no_others() {
+    let pool = cluster_pool(vec![
+        endpoint("10.1.0.1", "n1", READY),
+        endpoint("10.1.0.2", "n2", UNREADY),
+        endpoint("10.1.0.3", "", READY),
+        endpoint("10.1.0.4", "n1", DRAINING),
+    ]);
+    assert_eq!(pool, ["10.1.0.1:8080", "10.1.0.3:8080"]);
+}
+
+#[test]
+fn serving_terminating_endpoints_are_the_last_resort_and_ignore_hints() {
+    let pool = cluster_pool(vec![
+        hinted(endpoint("10.1.0.1", "n2", DRAINING), &["z2"], &[]),
+        endpoint("10.1.0.2", "n2", UNREADY),
+        endpoint("10.1.0.3", "n2", DEAD),
+    ]);
+    assert_eq!(pool, ["10.1.0.1:8080"]);
+}
+
+#[test]
+fn zone_hints_keep_traffic_in_the_zone() {
+    let one = || hinted(endpoint("10.1.0.1", "n2", READY), &["z1"], &[]);
+    let two = || hinted(endpoint("10.1.0.2", "n2", READY), &["z2"], &[]);
+    assert_eq!(cluster_pool(vec![one(), two()]), ["10.1.0.1:8080"]);
+    assert_eq!(cluster_pool(vec![two()]), ["10.1.0.2:8080"], "no hint for this zone");
+    let unhinted = endpoint("10.1.0.3", "n2", READY);
+    assert_eq!(cluster_pool(vec![one(), two(), unhinted]).len(), 3, "one ready endpoint without hints");
+    let unready = endpoint("10.1.0.3", "n2", UNREADY);
+    assert_eq!(cluster_pool(vec![one(), two(), unready]), ["10.1.0.1:8080"], "unready ones have no say");
+}
+
+#[test]
+fn node_hints_come_before_zone_hints() {
+    let here = || hinted(endpoint("10.1.0.1", "n1", READY), &["z1"], &["n1"]);
+    let near = || hinted(endpoint("10.1.0.2", "n2", READY), &["z1"], &["n2"]);
+    let far = || hinted(endpoint("10.1.0.3", "n3", READY), &["z2"], &["n3"]);
+    assert_eq!(cluster_pool(vec![here(), near(), far()]), ["10.1.0.1:8080"]);
+    assert_eq!(cluster_pool(vec![near(), far()]), ["10.1.0.2:8080"]);
+    assert_eq!(cluster_pool(vec![far()]), ["10.1.0.3:8080"]);
+}
+
+#[test]
+fn ports_match_by_name_and_protocol_and_each_endpoint_keeps_its_own() {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["172.30.0.1"]);
+    web.ports = vec![port("dns", Protocol::Tcp, 53), port("dns-udp", Protocol::Udp, 53)];
+    cluster.put(web.clone());
+    for (slice_name, address, target) in [("s1", "10.1.0.1", 5353), ("s2", "10.1.0.2", 1053)] {
+        let mut set = slice(&web, slice_name, vec![endpoint(address, "n2", READY)]);
+        set.ports = [("dns", Protocol::Tcp), ("dns", Protocol::Udp), ("dns-udp", Protocol::Tcp)]
+            .map(|(name, protocol)| EndpointPort { name: name.into(), protocol, port: number(target) })
+            .to_vec();
+        cluster.put(set);
+    }
+    let plan = cluster.plan(&web);
+    assert_eq!(texts(&plan.ports[0].cluster), ["10.1.0.1:5353", "10.1.0.2:1053"]);
+    assert_eq!(texts(&plan.ports[1].cluster), [""; 0], "no UDP port of that name");
+    assert_eq!(plan.ports[1].frontends[0].from_pod, Action::Reject);
+}
+
+#[test]
+fn a_running_endpoint_beats_a_terminating_one_with_its_address() {
+    for (first, second) in [(READY, DRAINING), (DRAINING, READY)] {
+        let mut cluster = Cluster::new(config());
+        let web = service("a/web", &["172.30.0.1"]);
+        cluster.put(web.clone());
+        cluster.put(slice(&web, "s1", vec![endpoint("10.1.0.1", "n1", first)]));
+        cluster.put(slice(&web, "s2", vec![endpoint("10.1.0.1", "n1", second)]));
+        cluster.put(slice(&web, "s3", vec![endpoint("10.1.0.2", "n1", READY)]));
+        assert_eq!(texts(&only_port(&cluster.plan(&web)).cluster), ["10.1.0.1:8080", "10.1.0.2:8080"]);
+    }
+}
+
+#[test]
+fn hairpin_holds_the_targets_on_this_node() {
+    let mut cluster = Cluster::new(config());
+    let web = service("a/web", &["172.30.0.1"]);
+    cluster.put(web.clone());
+    let endpoints = vec![endpoint("10.1.0.1", "n1", READY), endpoint("10.1.0.2", "n2", READY)];
+    cluster.put(slice(&web, "s1", endpoints));
+    let plan = cluster.plan(&web);
+    assert_eq!(texts(&only_port(&plan).hairpin), ["10.1.0.1:8080"]);
+    assert!(only_port(&plan).local.is_empty(), "no frontend uses it");
+}
+
+#[test]
+fn a_pool_is_there_only_where_a_frontend_uses_it() {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["172.30.0.1"]);
+    web.internal_traffic_policy = TrafficPolicy::Local;
+    cluster.put(web.clone());
+    let endpoints = vec![endpoint("10.1.0.1", "n1", READY), endpoint("10.1.0.2", "n2", READY)];
+    cluster.put(slice(&web, "s1", endpoints));
+    let plan = cluster.plan(&web);
+    assert_eq!(texts(&only_port(&plan).local), ["10.1.0.1:8080"]);
+    assert!(only_port(&plan).cluster.is_empty());
+
+    web.ports[0].node_port = Some(number(30080));
+    cluster.put(web.clone());
+    let plan = cluster.plan(&web);
+    assert_eq!(only_port(&plan).cluster.len(), 2);
+    assert_eq!(only_port(&plan).frontends.len(), 2);
+}
+
+#[test]
+fn families_are_those_of_the_cluster_ips() {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["fd00:30::1", "172.30.0.1"]);
+    web.external_ips = vec![ip("203.0.113.1")];
+    cluster.put(web.clone());
+    cluster.put(slice(&web, "s4", vec![endpoint("10.1.0.1", "n2", READY)]));
+    cluster.put(slice(&web, "s6", vec![endpoint("fd00:10::1", "n2", READY)]));
+    let plan = cluster.plan(&web);
+    assert_eq!(plan.ports.iter().map(|it| it.family).collect::<Vec<_>>(), [Family::V4, Family::V6]);
+    assert_eq!(texts(&plan.ports[0].cluster), ["10.1.0.1:8080"]);
+    assert_eq!(texts(&plan.ports[1].cluster), ["[fd00:10::1]:8080"]);
+
+    web.cluster_ips = vec![ip("fd00:30::1")];
+    cluster.put(web.clone());
+    assert_eq!(only_port(&cluster.plan(&web)).frontends.len(), 1, "no external IP of the other family");
+}
+
+#[test]
+fn load_balancer_addresses_in_proxy_mode_are_left_alone() {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["172.30.0.1"]);
+    web.load_balancer_ingress = vec![vip("203.0.113.1"), vip("203.0.113.2")];
+    web.load_balancer_ingress[0].proxy_mode = true;
+    cluster.put(web.clone());
+    let plan = cluster.plan(&web);
+    let surfaces: Vec<_> = only_port(&plan).frontends.iter().map(|it| it.surface).collect();
+    assert_eq!(surfaces, [Surface::ClusterIp(ip("172.30.0.1")), Surface::LoadBalancerIp(ip("203.0.113.2"))]);
+    assert!(plan.required_features.is_empty());
+}
+
+/// Who may use the VIP 203.0.113.9 under these source ranges.
+fn allowed(ranges: &[&str]) -> Option<Vec<String>> {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["172.30.0.1"]);
+    web.load_balancer_ingress = vec![vip("203.0.113.9")];
+    web.load_balancer_source_ranges = ranges.iter().map(|it| it.parse().unwrap()).collect();
+    web.ports[0].node_port = Some(number(30080));
+    web.external_ips = vec![ip("203.0.113.8")];
+    web.canonicalise();
+    cluster.put(web.clone());
+    let plan = cluster.plan(&web);
+    for frontend in &only_port(&plan).frontends {
+        let restricted = matches!(frontend.surface, Surface::LoadBalancerIp(_));
+        assert!(restricted || frontend.allowed_sources.is_none(), "{:?}", frontend.surface);
+    }
+    let frontend =
+        only_port(&plan).frontends.iter().find(|it| it.surface == Surface::LoadBalancerIp(ip("203.0.113.9")));
+    frontend.unwrap().allowed_sources.as_ref().map(|it| it.iter().map(ToString::to_string).collect())
+}
+
+#[test]
+fn source_ranges_restrict_the_load_balancer_address_and_nothing_else() {
+    assert_eq!(allowed(&["198.51.100.0/24"]).unwrap(), ["198.51.100.0/24"]);
+    assert_eq!(allowed(&[]), None);
+    assert_eq!(allowed(&["2001:db8::/64"]), None, "ranges of the other family restrict nothing");
+    assert_eq!(allowed(&["198.51.100.0/24", "0.0.0.0/0"]), None);
+    assert_eq!(allowed(&["198.51.100.0/24", "198.51.0.0/16"]).unwrap(), ["198.51.0.0/16"]);
+}
+
+#[test]
+fn a_range_with_the_node_in_it_lets_the_address_itself_in() {
+    assert_eq!(allowed(&["192.168.0.0/24"]).unwrap(), ["192.168.0.0/24", "203.0.113.9/32"]);
+    assert_eq!(allowed(&["192.168.1.0/24"]).unwrap(), ["192.168.1.0/24"], "not the primary address");
+}
+
+#[test]
+fn health_check_counts_ready_endpoints_here_for_policy_local_only() {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["172.30.0.1"]);
+    web.service_type = ServiceType::LoadBalancer;
+    web.health_check_node_port = Some(number(32000));
+    web.ports.push(port("more", Protocol::Tcp, 81));
+    cluster.put(web.clone());
+    let mut set = slice(
+        &web,
+        "s1",
+        vec![
+            endpoint("10.1.0.1", "n1", READY),
+            endpoint("10.1.0.2", "n2", READY),
+            endpoint("10.1.0.3", "n1", DRAINING),
+        ],
+    );
+    set.ports.push(EndpointPort { name: "more".into(), protocol: Protocol::Tcp, port: number(8081) });
+    cluster.put(set);
+    assert_eq!(cluster.plan(&web).health_check, None, "policy Cluster");
+    web.external_traffic_policy = TrafficPolicy::Local;
+    cluster.put(web.clone());
+    let expected = HealthCheck { port: number(32000), local_endpoints: 1 };
+    assert_eq!(cluster.plan(&web).health_check, Some(expected));
+}
+
+#[test]
+fn the_lower_key_has_a_contested_address_and_the_next_inherits_it() {
+    let mut cluster = Cluster::new(config());
+    let contest = |key: &str, own: &str| {
+        let mut service = service(key, &[own]);
+        service.external_ips = vec![ip("203.0.113.1")];
+        service
+    };
+    let (low, mid, high) =
+        (contest("a/x", "172.30.0.1"), contest("b/x", "172.30.0.2"), contest("c/x", "172.30.0.3"));
+    cluster.put(high.clone());
+    let changed = cluster.put(mid.clone());
+    assert_eq!(changed.services, [mid.key.clone(), high.key.clone()]);
+    let changed = cluster.put(low.clone());
+    assert_eq!(changed.services, [low.key.clone(), mid.key.clone(), high.key.clone()]);
+    assert!(cluster.plan(&low).conflicts.is_empty());
+    assert_eq!(cluster.plan(&high).conflicts[0].owner, low.key);
+    assert_eq!(only_port(&cluster.plan(&high)).frontends.len(), 1, "the rest of the loser stays");
+    let changed = cluster.remove(&Key::Service(low.key.clone()));
+    assert_eq!(changed.services.len(), 3);
+    assert!(cluster.plan(&mid).conflicts.is_empty());
+    assert_eq!(cluster.plan(&high).conflicts[0].owner, mid.key);
+}
+
+#[test]
+fn nobody_takes_a_cluster_ip_as_an_external_ip() {
+    let mut cluster = Cluster::new(config());
+    let mut thief = service("a/thief", &["172.30.0.66"]);
+    thief.external_ips = vec![ip("172.30.0.10")];
+    let dns = service("kube-system/dns", &["172.30.0.10"]);
+    cluster.put(thief.clone());
+    cluster.put(dns.clone());
+    assert!(cluster.plan(&dns).conflicts.is_empty());
+    assert_eq!(cluster.plan(&thief).conflicts[0].owner, dns.key);
+}
+
+#[test]
+fn node_port_addresses_per_family() {
+    let scope = |addresses: NodePortAddresses, family| {
+        let config = ViewConfig { node_port_addresses: addresses, ..config() };
+        let plan = config.node_plan(&node(), &[ip("192.168.7.7"), ip("127.0.0.1")]);
+        match plan.node_ports(family) {
+            NodePortScope::AllLocal => vec!["all".to_owned()],
+            NodePortScope::Addresses(list) => list.iter().map(ToString::to_string).collect(),
+        }
+    };
+    let cidrs = |list: &[&str]| NodePortAddresses::Cidrs(list.iter().map(|it| it.parse().unwrap()).collect());
+    assert_eq!(scope(NodePortAddresses::AllLocal, Family::V4), ["all"]);
+    assert_eq!(scope(NodePortAddresses::Primary, Family::V4), ["192.168.0.2"]);
+    assert_eq!(scope(NodePortAddresses::Primary, Family::V6), ["2001:db8::1"]);
+    assert_eq!(
+        scope(cidrs(&["192.168.0.0/16", "127.0.0.0/8"]), Family::V4),
+        ["192.168.0.2", "192.168.1.2", "192.168.7.7"]
+    );
+    assert_eq!(scope(cidrs(&["192.168.0.0/16"]), Family::V6), ["all"], "no CIDR of the family");
+    assert_eq!(scope(cidrs(&["192.168.0.0/16", "0.0.0.0/0"]), Family::V4), ["all"]);
+    assert_eq!(scope(cidrs(&["198.51.100.0/24"]), Family::V4), [""; 0]);
+}
+
+#[test]
+fn an_update_that_changes_nothing_names_nothing_and_keeps_the_plan() {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["172.30.0.1"]);
+    cluster.put(web.clone());
+    let before = cluster.plan(&web);
+    web.publish_not_ready_addresses = true;
+    assert!(cluster.put(web.clone()).is_empty());
+    assert!(std::sync::Arc::ptr_eq(&before, &cluster.plan(&web)));
+}
+
+#[test]
+fn a_zone_that_changes_plans_everything_again() {
+    let mut cluster = Cluster::new(config());
+    let web = service("a/web", &["172.30.0.1"]);
+    cluster.put(web.clone());
+    let near = hinted(endpoint("10.1.0.1", "n2", READY), &["z1"], &[]);
+    let far = hinted(endpoint("10.1.0.2", "n2", READY), &["z2"], &[]);
+    cluster.put(slice(&web, "s1", vec![near, far]));
+    cluster.view.set_node(lockstep_model::NodeContext { zone: Some("z2".into()), ..node() });
+    let changed = cluster.view.update(&cluster.state, &[]);
+    assert_eq!((changed.services, changed.node), (vec![web.key.clone()], false));
+    assert_eq!(texts(&only_port(&cluster.plan(&web)).cluster), ["10.1.0.2:8080"]);
+}
+
+#[test]
+fn explanations_name_the_reason() {
+    let web = service("a/web", &["172.30.0.1"]);
+    let s1 = slice(
+        &web,
+        "s1",
+        vec![
+            hinted(endpoint("10.1.0.1", "n1", READY), &["z1"], &[]),
+            hinted(endpoint("10.1.0.2", "n2", READY), &["z2"], &[]),
+            endpoint("10.1.0.3", "n1", UNREADY),
+            endpoint("10.1.0.4", "n1", DRAINING),
+            endpoint("10.1.0.5", "n2", DRAINING),
+        ],
+    );
+    let s2 = slice(&web, "s2", vec![hinted(endpoint("10.1.0.5", "n1", READY), &["z1"], &[])]);
+    let mut s3 = slice(&web, "s3", vec![endpoint("10.1.0.6", "n1", READY)]);
+    s3.ports.clear();
+    let s4 = slice(&web, "s4", vec![endpoint("fd00:10::1", "n1", READY)]);
+    let cluster = Cluster::new(config());
+    let explained = explain(&web, &[&s1, &s2, &s3, &s4], cluster.view.facts());
+    let reasons: Vec<_> = explained[0].endpoints.iter().map(|it| (it.not_cluster, it.not_local)).collect();
+    let both = |reason| (Some(reason), Some(reason));
+    assert_eq!(
+        reasons,
+        [
+            (None, None),
+            (Some(Exclusion::OtherZone), Some(Exclusion::NotLocal)),
+            both(Exclusion::NotReady),
+            both(Exclusion::Terminating),
+            both(Exclusion::Duplicate),
+            (None, None),
+            both(Exclusion::PortMissing),
+            both(Exclusion::Family),
+        ]
+    );
+}
+
+#[test]
+fn the_short_circuit_needs_the_cluster_pool_without_a_local_endpoint() {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["172.30.0.1"]);
+    web.external_ips = vec![ip("203.0.113.1")];
+    web.external_traffic_policy = TrafficPolicy::Local;
+    cluster.put(web.clone());
+    cluster.put(slice(&web, "s1", vec![endpoint("10.1.0.2", "n2", READY)]));
+    let plan = cluster.plan(&web);
+    let external = &only_port(&plan).frontends[1];
+    assert_eq!(external.from_elsewhere, Action::Drop);
+    assert_eq!(external.from_pod, Action::Forward { pool: Pool::Cluster, masquerade: false });
+    assert_eq!(only_port(&plan).cluster.len(), 1);
+}
