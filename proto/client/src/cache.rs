@@ -23,6 +23,8 @@
 //! would have lost while it was off.
 
 mod format;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::fs::File;
@@ -31,10 +33,10 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
-use lockstep_model::{NodeContext, State};
+use lockstep_model::{Digest, NodeContext, State};
 
-use crate::session::{Change, Held};
-use crate::{Position, session::Committed};
+use crate::Position;
+use crate::session::{Committed, Held};
 use writer::{Job, Writer};
 
 const LOG: &str = "held.log";
@@ -116,40 +118,60 @@ impl Cache {
         Ok((Self { jobs: Some(jobs), thread: Some(thread), behind: false, node, _lock: lock }, restored))
     }
 
-    /// Hands a transaction over. Never waits. `state` is the state after it, `complete` tells
-    /// that it is all the server sent.
-    pub fn record(&mut self, committed: Committed, node: &NodeContext, state: &State, complete: bool) {
-        let position = honest(committed.position, state, complete);
-        self.hand_over(committed.changes, position, node, state);
-    }
-
-    /// Hands over what could not be before, and the node's facts. For idle moments.
-    pub fn catch_up(&mut self, position: Position, node: &NodeContext, state: &State, complete: bool) {
-        if self.behind || self.node.as_ref() != Some(node) {
-            self.hand_over(Vec::new(), honest(position, state, complete), node, state);
+    /// Hands transactions over, in the order of their commits. Never waits. `state` is the state
+    /// after the last one.
+    pub fn record(&mut self, committed: Vec<Committed>, node: &NodeContext, state: &State) {
+        if self.behind {
+            let position = committed.last().map(|last| last.position);
+            return position.map_or((), |position| self.replace(position, node, state));
+        }
+        for committed in committed {
+            let position = honest(committed.position, committed.held);
+            let facts = self.news(node);
+            if !self.hand_over(Job::Append { changes: committed.changes, position, node: facts }, node) {
+                return;
+            }
         }
     }
 
-    fn hand_over(&mut self, changes: Vec<Change>, position: Position, node: &NodeContext, state: &State) {
-        let Some(jobs) = &self.jobs else { return };
-        let node = (self.node.as_ref() != Some(node)).then(|| node.clone());
-        let job = if self.behind {
-            Job::Replace { state: Box::new(state.clone()), position, node: node.clone() }
-        } else {
-            Job::Append { changes, position, node: node.clone() }
-        };
+    /// Hands over what could not be before, and the node's facts. For idle moments; `position` is
+    /// that of `state`, and every transaction up to it has been recorded.
+    pub fn catch_up(&mut self, position: Position, node: &NodeContext, state: &State) {
+        if self.behind {
+            self.replace(position, node, state);
+        } else if let Some(facts) = self.news(node) {
+            let position = honest(position, state.digest());
+            self.hand_over(Job::Append { changes: Vec::new(), position, node: Some(facts) }, node);
+        }
+    }
+
+    fn replace(&mut self, position: Position, node: &NodeContext, state: &State) {
+        let position = honest(position, state.digest());
+        let node_facts = self.news(node);
+        self.hand_over(Job::Replace { state: Box::new(state.clone()), position, node: node_facts }, node);
+    }
+
+    /// The node's facts, where they are not the ones handed over last.
+    fn news(&self, node: &NodeContext) -> Option<NodeContext> {
+        (self.node.as_ref() != Some(node)).then(|| node.clone())
+    }
+
+    /// False where it could not be handed over.
+    fn hand_over(&mut self, job: Job, node: &NodeContext) -> bool {
+        let Some(jobs) = &self.jobs else { return false };
         self.behind = match jobs.try_send(job) {
-            Ok(()) => {
-                self.node = node.or_else(|| self.node.take());
-                false
-            }
+            Ok(()) => false,
             Err(TrySendError::Full(_)) => true,
             Err(TrySendError::Disconnected(_)) => {
                 tracing::error!("the cache writer is gone: the state is not kept on disk any more");
                 self.jobs = None;
-                false
+                return false;
             }
         };
+        if !self.behind {
+            self.node = self.news(node).or_else(|| self.node.take());
+        }
+        !self.behind
     }
 }
 
@@ -167,7 +189,6 @@ impl Drop for Cache {
 
 /// A state that lacks something the server sent has no place in the server's history: a
 /// process that starts from it must be sent everything.
-fn honest(position: Position, state: &State, complete: bool) -> Position {
-    let digest = state.digest();
-    if complete { Position { digest, ..position } } else { Position { digest, ..Position::default() } }
+fn honest(position: Position, held: Digest) -> Position {
+    if position.digest == held { position } else { Position { digest: held, ..Position::default() } }
 }

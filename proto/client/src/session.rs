@@ -22,7 +22,7 @@ mod transaction;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use lockstep_model::{Interner, Key, NodeContext, Resource, ServiceKey, State, Version};
+use lockstep_model::{Digest, Interner, Key, NodeContext, Resource, ServiceKey, State, Version};
 use lockstep_wire::{convert, raw, v1};
 
 use crate::{Position, Report};
@@ -108,8 +108,10 @@ pub struct Committed {
     pub changes: Vec<Change>,
     /// The Services concerned, sorted, unique.
     pub services: Vec<ServiceKey>,
-    /// What is held now.
+    /// Where in the server's history that is.
     pub position: Position,
+    /// Digest of what is held now: that of `position`, unless something could not be taken in.
+    pub held: Digest,
     /// Oldest cause, by the clock of whoever caused it.
     pub trigger: Option<SystemTime>,
     /// True = the transaction was a full snapshot.
@@ -339,6 +341,7 @@ impl Session {
                     changes: Vec::new(),
                     services: Vec::new(),
                     position: head,
+                    held: head.digest,
                     trigger: None,
                     full: false,
                 });
@@ -490,6 +493,7 @@ impl Session {
                 changes: outcome.changes,
                 services: outcome.services,
                 position: to,
+                held: self.state.digest(),
                 trigger: outcome.trigger,
                 full: outcome.full,
             }),

@@ -33,6 +33,8 @@ pub use dial::{ConfigError, Security, Servers};
 const OUTBOX: usize = 16;
 /// Opening a stream takes at most this long.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
+/// What the last requests may take to leave.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// A message has at most 1 MiB.
 const MAX_MESSAGE_BYTES: usize = 2 * 1024 * 1024;
 
@@ -61,6 +63,14 @@ pub struct Outbox {
 pub struct Congested;
 
 impl Outbox {
+    /// An outbox and what comes out of it: for a stream that is not this module's, and for tests.
+    pub fn pair() -> (Self, mpsc::Receiver<v1::SyncRequest>) {
+        let (requests, queue) = mpsc::channel(OUTBOX);
+        // Nobody waits for this outbox to be dropped: the queue tells.
+        let (alive, _) = oneshot::channel();
+        (Self { requests, _alive: alive }, queue)
+    }
+
     /// Sends a request, without waiting.
     pub fn send(&self, request: v1::SyncRequest) -> Result<(), Congested> {
         self.requests.try_send(request).map_err(|_| Congested)
@@ -86,7 +96,7 @@ impl Ended {
 
 /// Keeps a stream to one of `servers` until the receiver of `events` is dropped. `node_name` is
 /// for the log.
-pub async fn run(servers: Servers, node_name: &str, events: mpsc::Sender<Event>) {
+pub async fn run<E: From<Event>>(servers: Servers, node_name: &str, events: mpsc::Sender<E>) {
     let mut backoff = Backoff::default();
     let mut turn = fastrand::usize(..servers.len());
     let mut state = LogState::Start;
@@ -99,7 +109,7 @@ pub async fn run(servers: Servers, node_name: &str, events: mpsc::Sender<Event>)
                     tracing::info!(node = node_name, server = %server, "connected to the control plane");
                 })
                 .await;
-                if events.send(Event::Lost(ended.why.clone())).await.is_err() {
+                if events.send(Event::Lost(ended.why.clone()).into()).await.is_err() {
                     return;
                 }
                 ended
@@ -120,10 +130,14 @@ pub async fn run(servers: Servers, node_name: &str, events: mpsc::Sender<Event>)
 }
 
 /// Follows one stream to its end. `connected` is called when the server has answered.
-async fn follow(channel: Channel, events: &mpsc::Sender<Event>, connected: impl FnOnce()) -> Ended {
+async fn follow<E: From<Event>>(
+    channel: Channel,
+    events: &mpsc::Sender<E>,
+    connected: impl FnOnce(),
+) -> Ended {
     let (requests, queue) = mpsc::channel(OUTBOX);
     let (alive, mut dropped) = oneshot::channel();
-    if events.send(Event::Connected(Outbox { requests, _alive: alive })).await.is_err() {
+    if events.send(Event::Connected(Outbox { requests, _alive: alive }).into()).await.is_err() {
         return Ended::new("the client ends");
     }
     let mut client = raw::sync_service_client::SyncServiceClient::new(channel)
@@ -141,13 +155,14 @@ async fn follow(channel: Channel, events: &mpsc::Sender<Event>, connected: impl 
             message = stream.message() => message,
             _ = &mut dropped => {
                 ended.why = "the client gave the connection up".to_owned();
+                farewell(stream).await;
                 return ended;
             }
         };
         match message {
             Ok(Some(frame)) => {
                 ended.observe(&frame);
-                if events.send(Event::Frame(Box::new(frame))).await.is_err() {
+                if events.send(Event::Frame(Box::new(frame)).into()).await.is_err() {
                     ended.why = "the client ends".to_owned();
                     return ended;
                 }
@@ -169,6 +184,13 @@ async fn follow(channel: Channel, events: &mpsc::Sender<Event>, connected: impl 
             }
         }
     }
+}
+
+/// Lets what is in the outbox reach the server, which then ends the stream from its side.
+async fn farewell(mut stream: tonic::Streaming<raw::SyncResponse>) {
+    let rest = async { while let Ok(Some(_)) = stream.message().await {} };
+    // A server that does not end it has had its time.
+    let _ = tokio::time::timeout(FAREWELL, rest).await;
 }
 
 fn refused(status: &tonic::Status) -> Ended {

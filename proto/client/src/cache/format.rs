@@ -24,6 +24,8 @@ const MAX_RECORD: usize = 2 * 1024 * 1024;
 pub(super) struct Loaded {
     pub(super) held: Held,
     pub(super) saved_at: SystemTime,
+    /// Bytes of the file up to and with the first commit.
+    pub(super) base_bytes: u64,
     /// Bytes of the file up to and with the last commit.
     pub(super) good_bytes: u64,
 }
@@ -38,14 +40,14 @@ pub(super) fn load(path: &Path, node_name: &str) -> io::Result<Option<Loaded>> {
     let saved_at = fs::metadata(path).and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
     let total = bytes.len();
     match parse(bytes, node_name) {
-        Ok((held, good_bytes, ended)) => {
+        Ok(Parsed { held, base_bytes, good_bytes, ended }) => {
             if let Some(why) = ended {
                 tracing::warn!(
                     path = %path.display(), why, good_bytes, total_bytes = total,
                     "the cache ends in something unreadable, using what is before it"
                 );
             }
-            Ok(Some(Loaded { held, saved_at, good_bytes: good_bytes as u64 }))
+            Ok(Some(Loaded { held, saved_at, base_bytes: base_bytes as u64, good_bytes: good_bytes as u64 }))
         }
         Err(why) => {
             tracing::warn!(path = %path.display(), why, "the cache is of no use, starting with nothing");
@@ -54,8 +56,15 @@ pub(super) fn load(path: &Path, node_name: &str) -> io::Result<Option<Loaded>> {
     }
 }
 
-/// The state, how many bytes it took, and what ended the reading before the end.
-fn parse(bytes: Bytes, node_name: &str) -> Result<(Held, usize, Option<String>), String> {
+struct Parsed {
+    held: Held,
+    base_bytes: usize,
+    good_bytes: usize,
+    /// What ended the reading before the end.
+    ended: Option<String>,
+}
+
+fn parse(bytes: Bytes, node_name: &str) -> Result<Parsed, String> {
     let mut rest = bytes.clone();
     check_header(&mut rest, node_name)?;
     let mut replay = Replay::default();
@@ -78,16 +87,22 @@ fn parse(bytes: Bytes, node_name: &str) -> Result<(Held, usize, Option<String>),
                 }
             }
             Some(raw::sync_response::Kind::Update(update)) => match replay.update(update, &mut interner) {
-                Ok(Some(position)) => good = Some((position, bytes.len() - rest.len())),
+                Ok(Some(position)) => {
+                    let read = bytes.len() - rest.len();
+                    let base = good.map_or(read, |(_, base, _)| base);
+                    good = Some((position, base, read));
+                }
                 Ok(None) => {}
                 Err(why) => break Some(why),
             },
             _ => break Some("a record of an unknown kind".to_owned()),
         }
     };
-    let (position, length) = good.ok_or_else(|| ended.clone().unwrap_or("it holds no state".to_owned()))?;
+    let (position, base_bytes, good_bytes) =
+        good.ok_or_else(|| ended.clone().unwrap_or("it holds no state".to_owned()))?;
     let held = Held { state: replay.into_state(), position, node, names: interner };
-    Ok((held, length, ended.or_else(|| (length < bytes.len()).then(|| "a commit is missing".to_owned()))))
+    let ended = ended.or_else(|| (good_bytes < bytes.len()).then(|| "a commit is missing".to_owned()));
+    Ok(Parsed { held, base_bytes, good_bytes, ended })
 }
 
 fn check_header(rest: &mut Bytes, node_name: &str) -> Result<(), String> {

@@ -65,7 +65,8 @@ impl Writer {
             writer.position = loaded.held.position;
             writer.node = loaded.held.node.clone();
             writer.file = reopen(&writer.path, loaded.good_bytes).ok();
-            writer.base = loaded.good_bytes;
+            writer.base = loaded.base_bytes;
+            writer.growth = loaded.good_bytes - loaded.base_bytes;
         }
         writer
     }

@@ -1,0 +1,282 @@
+//! Command line and environment: read, checked, and turned into what the agent needs, before
+//! anything is opened or touched.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+use lockstep_client::transport::{Security, Servers};
+
+/// The configuration cannot be used.
+pub const EXIT_CONFIG: u8 = 2;
+/// This node or its kernel cannot do what is asked: no mode works, another agent uses the state
+/// directory.
+pub const EXIT_UNUSABLE: u8 = 3;
+/// The mode exists in name only.
+pub const EXIT_NOT_BUILT: u8 = 4;
+/// The agent itself failed.
+pub const EXIT_FAILED: u8 = 1;
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  ended by SIGTERM or SIGINT (rules stay in force), or cleanup done
+  1  the agent failed, or cleanup could not remove everything
+  2  a flag or a file it names cannot be used; nothing was touched
+  3  this node cannot do it: no mode works, or another agent has the state directory
+  4  --mode ipvs is not built yet
+  130  ended at once by a second signal";
+
+/// Programs Kubernetes Services on this node, as a Lockstep control plane tells it.
+#[derive(Debug, Parser)]
+#[command(name = "lockstep-node", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+pub struct Arguments {
+    /// A chore instead of the agent.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The agent's flags.
+    #[command(flatten)]
+    pub run: RunArguments,
+}
+
+/// Chores.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Removes everything from the kernel that Lockstep put there, and nothing else.
+    Cleanup(CleanupArguments),
+}
+
+/// Flags of `cleanup`.
+#[derive(Debug, Args)]
+pub struct CleanupArguments {
+    /// What to remove: only the rules of this mode. Without it: of every mode.
+    #[arg(long, env = "LOCKSTEP_MODE")]
+    pub mode: Option<Mode>,
+    /// How logs are written.
+    #[arg(long, env = "LOCKSTEP_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// Flags of the agent.
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// Control planes: https://host:port, or http://host:port with --insecure.
+    #[arg(long, env = "LOCKSTEP_CONTROL_PLANE", value_delimiter = ',', value_name = "URL")]
+    pub control_plane: Vec<String>,
+    /// Kubernetes name of this node.
+    #[arg(long, env = "LOCKSTEP_NODE_NAME", value_name = "NAME")]
+    pub node_name: Option<String>,
+    /// How the kernel is programmed. auto: nftables where a real transaction works, else iptables.
+    #[arg(long, env = "LOCKSTEP_MODE", default_value = "auto")]
+    pub mode: Mode,
+    /// Which iptables. auto: the one that already holds rules on this host.
+    #[arg(long, env = "LOCKSTEP_IPTABLES_FLAVOUR", default_value = "auto")]
+    pub iptables_flavour: IptablesFlavour,
+    /// Address ranges of the cluster's pods: traffic to cluster IPs from elsewhere is masqueraded.
+    #[arg(long, env = "LOCKSTEP_CLUSTER_CIDR", value_delimiter = ',', value_name = "CIDR")]
+    pub cluster_cidr: Vec<IpNet>,
+    /// Directory for what must survive a restart: the last known state.
+    #[arg(long, env = "LOCKSTEP_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where /healthz and /livez are served.
+    #[arg(long, env = "LOCKSTEP_HEALTHZ", default_value = "0.0.0.0:10256", value_name = "ADDR:PORT")]
+    pub healthz: SocketAddr,
+    /// Where /metrics and /proxyMode are served.
+    #[arg(long, env = "LOCKSTEP_METRICS", default_value = "127.0.0.1:10249", value_name = "ADDR:PORT")]
+    pub metrics: SocketAddr,
+    /// Allows plaintext connections to the control plane.
+    #[arg(long, env = "LOCKSTEP_INSECURE", conflicts_with_all = ["ca", "cert", "key"])]
+    pub insecure: bool,
+    /// Certificate authority of the control plane (PEM).
+    #[arg(long, env = "LOCKSTEP_CA", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Client certificate (PEM).
+    #[arg(long, env = "LOCKSTEP_CERT", value_name = "FILE", requires = "key")]
+    pub cert: Option<PathBuf>,
+    /// Key of the client certificate (PEM).
+    #[arg(long, env = "LOCKSTEP_KEY", value_name = "FILE", requires = "cert")]
+    pub key: Option<PathBuf>,
+    /// How logs are written.
+    #[arg(long, env = "LOCKSTEP_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// How the kernel is programmed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Whichever works, nftables first.
+    Auto,
+    /// A table of nf_tables per family.
+    Nftables,
+    /// iptables chains of kube-proxy's shape.
+    Iptables,
+    /// IPVS; not built yet.
+    Ipvs,
+}
+
+/// Which iptables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum IptablesFlavour {
+    /// The one that already holds rules.
+    Auto,
+    /// iptables-legacy.
+    Legacy,
+    /// iptables-nft.
+    Nft,
+}
+
+/// How logs are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Checked configuration of the agent.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Kubernetes name of this node.
+    pub node_name: String,
+    /// Control planes and how they are trusted.
+    pub servers: Servers,
+    /// As on the command line.
+    pub mode: Mode,
+    /// As on the command line.
+    pub iptables_flavour: IptablesFlavour,
+    /// Address ranges of pods, host bits zero.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// For the cache.
+    pub state_dir: PathBuf,
+    /// Health server.
+    pub healthz: SocketAddr,
+    /// Metrics server.
+    pub metrics: SocketAddr,
+}
+
+impl RunArguments {
+    /// Checks everything that can be checked without touching the system.
+    pub fn check(&self) -> anyhow::Result<Config> {
+        let node_name =
+            self.node_name.clone().context("--node-name is needed: the node's name in Kubernetes")?;
+        if node_name.is_empty() || node_name.len() > 253 {
+            bail!("--node-name {node_name:?}: a node's name has 1 to 253 bytes");
+        }
+        if self.control_plane.is_empty() {
+            bail!("--control-plane is needed: https://host:port of one or more control planes");
+        }
+        let state_dir =
+            self.state_dir.clone().context("--state-dir is needed: a directory that survives restarts")?;
+        if let Some(cidr) = self.cluster_cidr.iter().find(|cidr| cidr.trunc() != **cidr) {
+            bail!("--cluster-cidr {cidr}: the host bits are not zero, did you mean {}?", cidr.trunc());
+        }
+        Ok(Config {
+            node_name,
+            servers: Servers::new(&self.control_plane, &self.security()?).context("--control-plane")?,
+            mode: self.mode,
+            iptables_flavour: self.iptables_flavour,
+            cluster_cidrs: self.cluster_cidr.clone(),
+            state_dir,
+            healthz: self.healthz,
+            metrics: self.metrics,
+        })
+    }
+
+    fn security(&self) -> anyhow::Result<Security> {
+        if self.insecure {
+            return Ok(Security::Plaintext);
+        }
+        let ca = self.ca.as_deref().context("one of --ca FILE and --insecure is needed")?;
+        let identity = match (&self.cert, &self.key) {
+            (Some(cert), Some(key)) => Some((read("--cert", cert)?, read("--key", key)?)),
+            _ => None,
+        };
+        Ok(Security::Tls { ca: read("--ca", ca)?, identity })
+    }
+}
+
+fn read(flag: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("{flag} {}", path.display()))
+}
+
+impl LogFormat {
+    /// Sends the log to standard error. `RUST_LOG` filters; without it: info and worse.
+    pub fn install(self) {
+        let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        match self {
+            LogFormat::Text => log.init(),
+            LogFormat::Json => log.json().init(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: [&str; 8] = [
+        "lockstep-node",
+        "--node-name=node-a",
+        "--state-dir=/tmp/x",
+        "--control-plane=http://a:1,http://b:2",
+        "--insecure",
+        "--cluster-cidr=10.244.0.0/16,fd00::/48",
+        "--mode=nftables",
+        "--log-format=json",
+    ];
+
+    fn check(arguments: &[&str]) -> Result<Config, String> {
+        let parsed = Arguments::try_parse_from(arguments).map_err(|error| error.to_string())?;
+        parsed.run.check().map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn the_fixed_command_line_is_understood() {
+        let config = check(&GOOD).unwrap();
+        assert_eq!(config.cluster_cidrs.len(), 2);
+        assert_eq!(config.healthz, "0.0.0.0:10256".parse().unwrap());
+        assert_eq!(config.metrics, "127.0.0.1:10249".parse().unwrap());
+        assert_eq!(config.mode, Mode::Nftables);
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_is_named() {
+        let without = |flag: &str| {
+            let rest: Vec<&str> = GOOD.into_iter().filter(|argument| !argument.starts_with(flag)).collect();
+            check(&rest).unwrap_err()
+        };
+        assert!(without("--node-name").contains("--node-name"));
+        assert!(without("--state-dir").contains("--state-dir"));
+        assert!(without("--control-plane").contains("--control-plane"));
+        assert!(without("--insecure").contains("--ca"));
+        let with = |argument: &'static str| check(&[&GOOD[..], &[argument]].concat()).unwrap_err();
+        assert!(with("--cluster-cidr=10.244.0.1/16").contains("10.244.0.0/16"));
+        assert!(with("--control-plane=https://c:3").contains("https://c:3"));
+        assert!(with("--ca=/nonexistent").contains("--insecure"));
+        let mut magic = GOOD;
+        magic[6] = "--mode=magic";
+        assert!(check(&magic).unwrap_err().contains("magic"));
+        assert!(with("--healthz=here").contains("healthz"));
+    }
+
+    #[test]
+    fn a_missing_certificate_file_is_named() {
+        let mut arguments: Vec<&str> =
+            GOOD.into_iter().filter(|argument| *argument != "--insecure").collect();
+        arguments.push("--ca=/nonexistent/ca.pem");
+        assert!(check(&arguments).unwrap_err().contains("/nonexistent/ca.pem"));
+    }
+
+    #[test]
+    fn cleanup_takes_a_mode() {
+        let parsed = Arguments::try_parse_from(["lockstep-node", "cleanup", "--mode", "iptables"]).unwrap();
+        assert!(matches!(
+            parsed.command,
+            Some(Command::Cleanup(CleanupArguments { mode: Some(Mode::Iptables), .. }))
+        ));
+    }
+}

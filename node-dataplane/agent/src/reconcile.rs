@@ -1,0 +1,350 @@
+//! The reconcile loop: the only place that changes anything.
+//!
+//! ```text
+//! Event ──take──> Session, pending work ──(everything that waits is taken first)──> pass:
+//!     view.update ─> backend.apply ─> ack APPLIED ─> backend.verify ─> ack VERIFIED ─> cache
+//! ```
+//!
+//! State-driven: what is pending is *which Services to look at*, never a delta, so a pass that
+//! fails loses nothing and the next one compares everything. Nothing is written to the kernel
+//! before the first complete state, from the stream or from the disk.
+
+mod failures;
+mod pace;
+mod pass;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Instant, SystemTime};
+
+use lockstep_client::cache::{Cache, Restored};
+use lockstep_client::session::{Committed, Identity, Now, Session, Step};
+use lockstep_client::transport::{self, Outbox};
+use lockstep_client::{Position, Report};
+use lockstep_model::ServiceKey;
+use lockstep_view::{Backend, View, ViewConfig};
+use lockstep_wire::v1;
+use tokio::sync::mpsc;
+
+use crate::metrics::Metrics;
+use crate::status::Status;
+use failures::Failures;
+use pace::Pace;
+
+/// Events taken in before a pass at most, so that a flood cannot keep the kernel waiting.
+const MERGE: usize = 64;
+
+/// Everything that can happen to the loop.
+#[derive(Debug)]
+pub enum Event {
+    /// The connection to the control plane.
+    Link(transport::Event),
+    /// Time passed.
+    Tick,
+    /// The process is asked to end.
+    Shutdown,
+}
+
+impl From<transport::Event> for Event {
+    fn from(event: transport::Event) -> Self {
+        Event::Link(event)
+    }
+}
+
+/// What the loop is made of.
+pub struct Parts {
+    /// Puts plans in force.
+    pub backend: Box<dyn Backend + Send>,
+    /// Keeps the state on disk; `None` = nowhere.
+    pub cache: Option<Cache>,
+    /// What an earlier process left.
+    pub restored: Option<Restored>,
+    /// Who this node is.
+    pub identity: Identity,
+    /// How the view decides.
+    pub view_config: ViewConfig,
+    /// For the HTTP servers.
+    pub status: Arc<Status>,
+    /// For the HTTP servers.
+    pub metrics: Metrics,
+    /// Set when the process is asked to end: nothing new is begun.
+    pub stopping: Arc<AtomicBool>,
+}
+
+/// The loop's state.
+pub struct Reconciler {
+    backend: Box<dyn Backend + Send>,
+    session: Session,
+    view: View,
+    cache: Option<Cache>,
+    outbox: Option<Outbox>,
+    pending: Pending,
+    failures: Failures,
+    pace: Pace,
+    report: Report,
+    /// An Ack could not be sent: it is tried again.
+    ack_due: bool,
+    /// Something has been programmed by this process.
+    programmed: bool,
+    /// The view knows the whole state.
+    viewed: bool,
+    ticks: u64,
+    /// Read-backs in a row that differed.
+    differing: u32,
+    /// When the log last spoke of a repair.
+    repair_logged: Option<Instant>,
+    status: Arc<Status>,
+    metrics: Metrics,
+    stopping: Arc<AtomicBool>,
+}
+
+/// What waits to be programmed.
+#[derive(Default)]
+struct Pending {
+    /// Something waits at all.
+    any: bool,
+    /// Services that changed, in order of arrival, possibly twice.
+    services: Vec<ServiceKey>,
+    /// Services that failed in the kernel and whose time has come.
+    retries: Vec<ServiceKey>,
+    /// The whole kernel state must be compared.
+    full: bool,
+    since: Option<Now>,
+    trigger: Option<SystemTime>,
+    /// Taken in, not handed to the cache yet: kernel first, then the ack, then the disk.
+    committed: Vec<Committed>,
+}
+
+impl Reconciler {
+    /// A loop that has done nothing yet.
+    pub fn new(parts: Parts, now: Now) -> Self {
+        let description = parts.backend.describe();
+        let held = parts.restored.map(|restored| {
+            let saved_at = restored.saved_at;
+            parts.status.update(|status| {
+                status.stale = true;
+                status.confirmed = Some(saved_at);
+            });
+            (restored.held, saved_at)
+        });
+        let pending = Pending {
+            any: held.is_some(),
+            full: true,
+            since: held.is_some().then_some(now),
+            ..Pending::default()
+        };
+        if let Some((held, saved_at)) = &held {
+            let age = now.wall.duration_since(*saved_at).unwrap_or_default();
+            tracing::warn!(
+                position = %held.position, resources = held.state.len(), age_seconds = age.as_secs(),
+                "programming cached state from {} s ago, control plane not reached yet", age.as_secs()
+            );
+        }
+        parts.status.update(|status| status.mode = description.mode);
+        let session = Session::new(parts.identity, held.map(|(held, _)| held));
+        let mut view = View::new(parts.view_config);
+        view.set_node(session.node().clone());
+        Self {
+            backend: parts.backend,
+            session,
+            view,
+            cache: parts.cache,
+            outbox: None,
+            pending,
+            failures: Failures::default(),
+            pace: Pace::new(now.monotonic),
+            report: Report::default(),
+            ack_due: false,
+            programmed: false,
+            viewed: false,
+            ticks: 0,
+            differing: 0,
+            repair_logged: None,
+            status: parts.status,
+            metrics: parts.metrics,
+            stopping: parts.stopping,
+        }
+    }
+
+    /// Runs until it is asked to end, or until nobody can ask any more.
+    pub fn run(mut self, mut events: mpsc::Receiver<Event>) {
+        self.work(Now::read());
+        while let Some(event) = events.blocking_recv() {
+            let mut go_on = self.take(event, Now::read());
+            // What arrived in the meantime belongs to the same pass.
+            for _ in 0..MERGE {
+                let Ok(event) = events.try_recv() else { break };
+                go_on &= self.take(event, Now::read());
+            }
+            if !go_on || self.stopping.load(Ordering::Relaxed) {
+                break;
+            }
+            self.work(Now::read());
+        }
+        tracing::info!(applied = ?self.report.applied, "ending; the rules stay in force");
+        self.acknowledge();
+    }
+
+    /// Takes an event in. False = the loop is to end.
+    fn take(&mut self, event: Event, now: Now) -> bool {
+        match event {
+            Event::Shutdown => return false,
+            Event::Tick => self.tick(now),
+            Event::Link(transport::Event::Connected(outbox)) => {
+                let hello = self.session.connected(now);
+                self.outbox = Some(outbox);
+                self.send(hello);
+            }
+            Event::Link(transport::Event::Frame(frame)) => {
+                let step = self.session.receive(*frame, now);
+                self.step(step, now);
+            }
+            Event::Link(transport::Event::Lost(_)) => self.lost(),
+        }
+        true
+    }
+
+    fn lost(&mut self) {
+        self.session.disconnected();
+        self.outbox = None;
+        self.metrics.disconnects.inc();
+        self.status.update(|status| status.connected = false);
+    }
+
+    fn step(&mut self, step: Step, now: Now) {
+        if let Some(why) = step.end {
+            tracing::warn!(why, "giving the connection up");
+            self.lost();
+            return;
+        }
+        if step.node_changed {
+            self.node_changed(now);
+        }
+        if let Some(committed) = step.committed {
+            self.committed(committed, now);
+        }
+        if let Some(request) = step.send {
+            self.send(request);
+        }
+        let connected = self.session.confirmed();
+        self.status.update(|status| {
+            if connected {
+                status.connected = true;
+                status.stale = false;
+                status.confirmed = Some(now.wall);
+            }
+        });
+    }
+
+    fn node_changed(&mut self, now: Now) {
+        let node = self.session.node();
+        if node.uid.is_none() {
+            tracing::warn!(
+                node = %node.name,
+                "the cluster has no Node object of this name: no local endpoints by zone, no node port addresses; is --node-name right?"
+            );
+        } else {
+            tracing::info!(node = %node.name, zone = node.zone.as_deref(), addresses = ?node.addresses, "this node's facts");
+        }
+        self.view.set_node(node.clone());
+        if self.session.position().is_some() {
+            self.pending.wait(now);
+        }
+    }
+
+    fn committed(&mut self, committed: Committed, now: Now) {
+        self.metrics.transactions.inc();
+        self.metrics.queued(now.wall);
+        if committed.full {
+            tracing::info!(
+                position = %committed.position, resources = self.session.state().len(),
+                changed_services = committed.services.len(), "took a full snapshot in"
+            );
+        }
+        self.pending.wait(now);
+        self.pending.services.extend_from_slice(&committed.services);
+        self.pending.trigger = match (self.pending.trigger, committed.trigger) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        self.pending.committed.push(committed);
+        self.status.update(|status| {
+            status.pending_since.get_or_insert(now.monotonic);
+        });
+    }
+
+    fn tick(&mut self, now: Now) {
+        self.ticks += 1;
+        if let Some(why) = self.session.tick(now) {
+            tracing::warn!(why, "giving the connection up");
+            self.lost();
+        }
+        let due = self.failures.due(now.monotonic);
+        if !due.is_empty() {
+            self.pending.wait(now);
+            self.pending.retries = due;
+        }
+        if self.ack_due {
+            self.acknowledge();
+        }
+        if !self.pending.any && self.programmed {
+            self.look_around(now);
+        }
+        if let (Some(cache), Some(position)) = (&mut self.cache, self.session.position())
+            && self.pending.committed.is_empty()
+        {
+            cache.catch_up(position, self.session.node(), self.session.state());
+        }
+        // Every ten minutes or so; names come and go slowly.
+        if self.ticks.is_multiple_of(3_000) {
+            self.session.shrink();
+        }
+    }
+
+    /// Sends an Ack that says what is known now.
+    fn acknowledge(&mut self) {
+        if self.report.applied.is_some() || !self.report.backend_error.is_empty() {
+            self.report.failures = if self.failures.len() == 0 {
+                Vec::new()
+            } else {
+                self.failures.report(self.session.state())
+            };
+        }
+        self.ack_due = false;
+        let Some(ack) = self.session.report(&self.report) else { return };
+        if let Some(outbox) = &self.outbox {
+            // Cumulative: a later one says the same and more.
+            self.ack_due = outbox.send(ack).is_err();
+        }
+    }
+
+    /// Sends what must not get lost.
+    fn send(&mut self, request: v1::SyncRequest) {
+        if let Some(outbox) = &self.outbox
+            && outbox.send(request).is_err()
+        {
+            tracing::warn!("the control plane does not take requests, giving the connection up");
+            self.lost();
+        }
+    }
+
+    fn mirror(&self) {
+        let seq = |position: Option<Position>| position.map_or(0, |position| position.seq);
+        let failures = self.failures.len() + self.session.faults();
+        self.status.update(|status| {
+            status.applied_seq = seq(self.report.applied);
+            status.verified_seq = seq(self.report.verified);
+            status.failures = failures;
+            status.resources = self.session.state().len();
+        });
+    }
+}
+
+impl Pending {
+    fn wait(&mut self, now: Now) {
+        self.any = true;
+        self.since.get_or_insert(now);
+    }
+}

@@ -1,0 +1,153 @@
+//! What is not in force, since when, and when it is tried again.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use lockstep_client::session::Now;
+use lockstep_client::{Failure, FailureReason, InForce};
+use lockstep_model::{Key, ServiceKey, State};
+use lockstep_view::backend::{FailureKind, ServiceFailure};
+use lockstep_view::{Conflict, ForwardingPlan, Surface};
+
+/// The first retry of a Service comes after this long, each further one after twice as long.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(300);
+
+/// Every Service that is not in force as it should be.
+#[derive(Debug, Default)]
+pub(super) struct Failures {
+    /// As the backend tells them.
+    backend: BTreeMap<ServiceKey, Entry<ServiceFailure>>,
+    /// As the plan tells them: parts that another Service has.
+    conflicts: BTreeMap<ServiceKey, Entry<Vec<Conflict>>>,
+}
+
+#[derive(Debug)]
+struct Entry<T> {
+    what: T,
+    since: Now,
+    attempts: u32,
+    /// `None` = no retry would help.
+    retry_at: Option<Instant>,
+}
+
+impl Failures {
+    pub(super) fn len(&self) -> usize {
+        self.backend.len() + self.conflicts.len()
+    }
+
+    /// Takes over the complete list that a pass returned. `tried` tells which Services the pass
+    /// was about.
+    pub(super) fn passed(
+        &mut self,
+        failures: Vec<ServiceFailure>,
+        tried: impl Fn(&ServiceKey) -> bool,
+        now: Now,
+    ) {
+        if failures.is_empty() && self.backend.is_empty() {
+            return;
+        }
+        let mut before = std::mem::take(&mut self.backend);
+        for failure in failures {
+            let key = failure.service.clone();
+            let entry = match before.remove(&key) {
+                Some(known) if !tried(&key) => Entry { what: failure, ..known },
+                Some(known) => Entry::tried(failure, known.since, known.attempts + 1, now),
+                None => {
+                    tracing::warn!(service = %key, kind = ?failure.kind, cause = failure.message, "a Service is not in force as it should be");
+                    Entry::tried(failure, now, 1, now)
+                }
+            };
+            self.backend.insert(key, entry);
+        }
+        for key in before.keys() {
+            tracing::info!(service = %key, "a Service that failed is in force");
+        }
+    }
+
+    /// Looks at the plan of the Services that changed.
+    pub(super) fn planned(&mut self, plan: &ForwardingPlan, changed: &[ServiceKey], now: Now) {
+        for key in changed {
+            let conflicts = plan.services.get(key).map(|service| &service.conflicts[..]).unwrap_or_default();
+            if conflicts.is_empty() {
+                if !self.conflicts.is_empty() && self.conflicts.remove(key).is_some() {
+                    tracing::info!(service = %key, "the conflict of a Service is over");
+                }
+                continue;
+            }
+            let known = self.conflicts.get(key).filter(|entry| entry.what == conflicts);
+            if known.is_none() {
+                tracing::warn!(service = %key, conflicts = describe(conflicts), "part of a Service belongs to another");
+                let entry = Entry { what: conflicts.to_vec(), since: now, attempts: 1, retry_at: None };
+                self.conflicts.insert(key.clone(), entry);
+            }
+        }
+    }
+
+    /// Services whose time for a retry has come.
+    pub(super) fn due(&self, now: Instant) -> Vec<ServiceKey> {
+        let due = |entry: &Entry<ServiceFailure>| entry.retry_at.is_some_and(|at| at <= now);
+        self.backend.iter().filter(|(_, entry)| due(entry)).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// For an Ack.
+    pub(super) fn report(&self, state: &State) -> Vec<Failure> {
+        let version = |key: &Key| state.get(key).map(|(version, _)| version);
+        let backend = self.backend.iter().map(|(service, entry)| {
+            let key = Key::Service(service.clone());
+            let (version, failure) = (version(&key), &entry.what);
+            Failure {
+                version,
+                key: Some(key),
+                in_force: if failure.previous_in_force { InForce::Previous } else { InForce::Nothing },
+                reason: match failure.kind {
+                    FailureKind::Unsupported => FailureReason::Unsupported,
+                    FailureKind::Kernel => FailureReason::Kernel,
+                    FailureKind::Resources => FailureReason::Resources,
+                },
+                message: failure.message.clone(),
+                retrying: entry.retry_at.is_some(),
+                attempts: entry.attempts,
+                first_seen: entry.since.wall,
+            }
+        });
+        let conflicts = self.conflicts.iter().map(|(service, entry)| {
+            let key = Key::Service(service.clone());
+            Failure {
+                version: version(&key),
+                key: Some(key),
+                in_force: InForce::Part,
+                reason: FailureReason::Conflict,
+                message: describe(&entry.what),
+                retrying: false,
+                attempts: entry.attempts,
+                first_seen: entry.since.wall,
+            }
+        });
+        backend.chain(conflicts).collect()
+    }
+}
+
+impl Entry<ServiceFailure> {
+    fn tried(what: ServiceFailure, since: Now, attempts: u32, now: Now) -> Self {
+        let wait = FIRST_RETRY.saturating_mul(2u32.saturating_pow(attempts - 1)).min(LAST_RETRY);
+        let retry_at = (what.kind != FailureKind::Unsupported).then(|| now.monotonic + wait);
+        Self { what, since, attempts, retry_at }
+    }
+}
+
+/// `10.0.0.1:80/TCP belongs to shop/cart`, for each.
+fn describe(conflicts: &[Conflict]) -> String {
+    let texts = conflicts.iter().map(|conflict| {
+        let place = match conflict.surface {
+            Surface::NodePort => {
+                format!("node port {}/{} ({:?})", conflict.port, conflict.protocol, conflict.family)
+            }
+            Surface::ClusterIp(ip) | Surface::ExternalIp(ip) | Surface::LoadBalancerIp(ip) => {
+                format!("{}/{}", std::net::SocketAddr::new(ip, conflict.port.get()), conflict.protocol)
+            }
+        };
+        format!("{place} belongs to {}", conflict.owner)
+    });
+    texts.collect::<Vec<_>>().join("; ")
+}

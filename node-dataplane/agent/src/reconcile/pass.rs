@@ -1,0 +1,298 @@
+//! One programming pass, and looking after what is in force.
+
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use lockstep_client::Position;
+use lockstep_client::report::Stats;
+use lockstep_client::session::{Committed, Now};
+use lockstep_model::ServiceKey;
+use lockstep_view::Changed;
+use lockstep_view::backend::{Applied, BackendError, Drift};
+
+use super::{Pending, Reconciler};
+use crate::metrics::Phase;
+
+/// A read-back that differs this many times in a row, each time after comparing everything, is
+/// reported as a fault of the backend.
+const STUBBORN: u32 = 3;
+/// With more Services than this to program, the control plane first learns that they arrived.
+const WORTH_AN_ACK: usize = 1_000;
+/// One line about repairs in this time at most, however often somebody interferes.
+const REPAIR_LOG: Duration = Duration::from_secs(10);
+
+impl Reconciler {
+    /// Programs what waits, if anything does and if it is time.
+    pub(super) fn work(&mut self, now: Now) {
+        let Some(position) = self.session.position() else { return };
+        if !self.pending.any || !self.pace.may_program(now.monotonic) {
+            return;
+        }
+        let mut pending = std::mem::take(&mut self.pending);
+        let since = *pending.since.get_or_insert(now);
+        let started = Instant::now();
+        self.status.update(|status| {
+            status.pending_since.get_or_insert(since.monotonic);
+        });
+        if pending.services.len() > WORTH_AN_ACK {
+            self.acknowledge();
+        }
+        let changed = self.decide(&mut pending, now);
+        let full = pending.full || !self.programmed;
+        let viewed = Instant::now();
+        let result = if full {
+            self.backend.sync(self.view.plan()).map(Some)
+        } else if changed.is_empty() {
+            Ok(None)
+        } else {
+            self.backend.apply(self.view.plan(), &changed).map(Some)
+        };
+        let done = Instant::now();
+        let stats = Stats {
+            queue: started.saturating_duration_since(since.monotonic),
+            program: done - started,
+            verify: None,
+            coalesced: u32::try_from(pending.committed.len()).unwrap_or(u32::MAX).max(1),
+            kernel_objects_changed: 0,
+            full_sync: full,
+        };
+        self.metrics.phase(Phase::Queue, stats.queue);
+        self.metrics.phase(Phase::View, viewed - started);
+        self.metrics.phase(Phase::Apply, done - viewed);
+        match result {
+            Err(error) => self.refused(&error, Some(since), pending.trigger),
+            Ok(applied) => {
+                self.programmed(position, applied, stats, |key| full || changed.binary_search(key).is_ok());
+                let took = done.saturating_duration_since(started);
+                let wall = now.wall + done.saturating_duration_since(now.monotonic);
+                self.metrics.programmed(took, full, pending.trigger, wall);
+                self.status.update(|status| status.programmed = Some(wall));
+            }
+        }
+        self.keep(pending.committed);
+    }
+
+    /// Brings the plan up to date. Returns the Services the backend must look at, sorted.
+    fn decide(&mut self, pending: &mut Pending, now: Now) -> Vec<ServiceKey> {
+        let state = self.session.state();
+        if !std::mem::replace(&mut self.viewed, true) {
+            pending.services = state.service_keys().cloned().collect();
+        }
+        let Changed { services: mut changed, node } = self.view.update(state, &pending.services);
+        pending.full |= node;
+        self.failures.planned(self.view.plan(), &changed, now);
+        if !pending.retries.is_empty() {
+            changed.append(&mut pending.retries);
+            changed.sort_unstable();
+            changed.dedup();
+        }
+        changed
+    }
+
+    /// The backend did its part.
+    fn programmed(
+        &mut self,
+        position: Position,
+        applied: Option<Applied>,
+        mut stats: Stats,
+        tried: impl Fn(&ServiceKey) -> bool,
+    ) {
+        let untouched = applied.is_none();
+        if let Some(applied) = applied {
+            stats.kernel_objects_changed = u32::try_from(applied.objects_changed).unwrap_or(u32::MAX);
+            self.metrics.objects_changed.inc_by(applied.objects_changed as u64);
+            self.failures.passed(applied.failures, tried, Now::read());
+        }
+        self.accepted();
+        if stats.full_sync {
+            tracing::info!(
+                position = %position, objects_changed = stats.kernel_objects_changed,
+                took_ms = stats.program.as_millis(), "compared everything with the kernel"
+            );
+        }
+        if !self.programmed {
+            self.programmed = true;
+            // Rules that were right already are those of an earlier process.
+            self.session.identity_mut().kernel_adopted = stats.kernel_objects_changed == 0;
+        }
+        let verified = self.report.verified.is_some() && self.report.verified == self.report.applied;
+        self.report.applied = Some(position);
+        self.report.stats = Some(stats);
+        if untouched && verified {
+            // Nothing was written: what was read back before is what is there.
+            self.report.verified = Some(position);
+        }
+        self.status.update(|status| status.pending_since = None);
+        self.mirror();
+        self.acknowledge();
+        if !(untouched && verified) {
+            self.verify(position);
+        }
+    }
+
+    /// Reads back what was written.
+    fn verify(&mut self, position: Position) {
+        let started = Instant::now();
+        let result = self.backend.verify();
+        let took = started.elapsed();
+        self.metrics.phase(Phase::Verify, took);
+        if let Some(stats) = &mut self.report.stats {
+            stats.verify = Some(took);
+        }
+        match result {
+            Ok(drift) if drift.is_empty() => {
+                self.differing = 0;
+                self.recovered();
+                self.report.verified = Some(position);
+                self.mirror();
+                self.acknowledge();
+            }
+            Ok(drift) => {
+                self.differing += 1;
+                let text = describe(&drift);
+                tracing::warn!(
+                    drift = text,
+                    "what was read back differs from what was written, comparing everything"
+                );
+                if self.differing >= STUBBORN {
+                    self.report.backend_error = format!("the kernel does not keep what is written: {text}");
+                    self.acknowledge();
+                }
+                let now = Now::read();
+                self.pace.hold(self.differing, now.monotonic);
+                self.compare_everything(now);
+            }
+            Err(error) => self.refused(&error, None, None),
+        }
+    }
+
+    /// Looks for changes that somebody else made, and for those nobody saw happen.
+    pub(super) fn look_around(&mut self, now: Now) {
+        if self.pace.look_due(now.monotonic) {
+            match self.backend.disturbed() {
+                Ok(false) => {}
+                Ok(true) => return self.repair("the kernel says that something changed"),
+                Err(error) => return self.refused(&error, None, None),
+            }
+        }
+        let Some(budget) = self.pace.audit_due(now.monotonic) else { return };
+        let started = Instant::now();
+        let result = self.backend.audit(budget);
+        let done = Instant::now();
+        match result {
+            Ok(audit) => {
+                self.pace.audited(done - started, audit.completed, done);
+                if !audit.drift.is_empty() {
+                    self.repair(&describe(&audit.drift));
+                }
+            }
+            Err(error) => self.refused(&error, None, None),
+        }
+    }
+
+    /// Compares everything and puts right what is not ours.
+    fn repair(&mut self, why: &str) {
+        let started = Instant::now();
+        let applied = match self.backend.sync(self.view.plan()) {
+            Ok(applied) => applied,
+            Err(error) => return self.refused(&error, None, None),
+        };
+        let now = Now::read();
+        self.pace.compared(now.monotonic - started, now.monotonic);
+        let objects = applied.objects_changed;
+        self.failures.passed(applied.failures, |_| true, now);
+        self.accepted();
+        self.status.update(|status| status.programmed = Some(now.wall));
+        if objects == 0 {
+            return;
+        }
+        self.report.drift_repairs += 1;
+        self.metrics.drift_repairs.inc();
+        self.metrics.objects_changed.inc_by(objects as u64);
+        if self.repair_logged.is_none_or(|at| now.monotonic - at > REPAIR_LOG) {
+            self.repair_logged = Some(now.monotonic);
+            tracing::warn!(
+                why,
+                objects,
+                repairs = self.report.drift_repairs,
+                "somebody changed our kernel objects, they are as they should be again"
+            );
+        }
+        self.mirror();
+        if let Some(position) = self.report.applied {
+            self.verify(position);
+        }
+    }
+
+    /// The backend cannot do it as a whole: what is in force stays, and everything is compared
+    /// when it is tried again.
+    fn refused(&mut self, error: &BackendError, since: Option<Now>, trigger: Option<std::time::SystemTime>) {
+        let now = Now::read();
+        let wait = self.pace.refused(now.monotonic);
+        self.metrics.backend_errors.inc();
+        let text = chain(error);
+        if self.report.backend_error != text {
+            tracing::error!(
+                cause = text,
+                retry_in_ms = wait.as_millis(),
+                "the backend refused, the kernel keeps what it has"
+            );
+            self.report.backend_error = text;
+        }
+        self.compare_everything(since.unwrap_or(now));
+        self.pending.trigger = self.pending.trigger.or(trigger);
+        self.acknowledge();
+    }
+
+    fn accepted(&mut self) {
+        self.pace.accepted();
+        if self.differing < STUBBORN {
+            self.recovered();
+        }
+    }
+
+    fn recovered(&mut self) {
+        if !self.report.backend_error.is_empty() {
+            tracing::info!("the backend works again");
+            self.report.backend_error.clear();
+        }
+    }
+
+    fn compare_everything(&mut self, since: Now) {
+        self.pending.full = true;
+        self.pending.wait(since);
+        self.status.update(|status| {
+            status.pending_since.get_or_insert(since.monotonic);
+        });
+    }
+
+    /// Hands over to the cache what is in force by now.
+    fn keep(&mut self, committed: Vec<Committed>) {
+        if let Some(cache) = &mut self.cache
+            && !committed.is_empty()
+        {
+            cache.record(committed, self.session.node(), self.session.state());
+        }
+    }
+}
+
+/// The first few differences.
+fn describe(drift: &[Drift]) -> String {
+    const SHOWN: usize = 3;
+    let mut text = drift.iter().take(SHOWN).map(Drift::to_string).collect::<Vec<_>>().join("; ");
+    if drift.len() > SHOWN {
+        text = format!("{text}; and {} more", drift.len() - SHOWN);
+    }
+    text
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &BackendError) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

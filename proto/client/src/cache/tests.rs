@@ -1,0 +1,205 @@
+use std::fs;
+use std::path::Path;
+
+use lockstep_model::{Key, NodeContext, State};
+
+use super::{Cache, CacheError, LOG, Restored, format};
+use crate::Position;
+use crate::session::{Change, Committed};
+use crate::testing::{cluster, endpoints, service, service_key, set_key};
+
+fn node() -> NodeContext {
+    NodeContext { uid: Some("uid-1".into()), zone: Some("a".into()), ..NodeContext::unknown("node-a") }
+}
+
+fn position(seq: u64, state: &State) -> Position {
+    Position { epoch: 7, seq, digest: state.digest() }
+}
+
+/// Applies changes and records them as a session would.
+fn commit(cache: &mut Cache, state: &mut State, seq: u64, changes: Vec<Change>) {
+    for change in &changes {
+        match change {
+            Change::Upsert(version, resource) => state.upsert(*version, resource.clone()),
+            Change::Remove(key) => state.remove(key),
+        };
+    }
+    let committed = Committed {
+        changes,
+        services: Vec::new(),
+        position: position(seq, state),
+        held: state.digest(),
+        trigger: None,
+        full: false,
+    };
+    cache.record(vec![committed], &node(), state);
+}
+
+fn upsert(resource: lockstep_model::Resource) -> Change {
+    Change::Upsert(resource.version(), resource)
+}
+
+fn all(state: &State) -> Vec<Change> {
+    state.resources().map(|(version, resource)| Change::Upsert(version, resource)).collect()
+}
+
+/// A directory with a snapshot and three transactions; the digests after each.
+fn written(directory: &Path) -> Vec<Position> {
+    let (mut cache, restored) = Cache::open(directory, "node-a").unwrap();
+    assert!(restored.is_none());
+    let mut state = State::default();
+    let first = all(&cluster(3));
+    commit(&mut cache, &mut state, 1, first);
+    let mut positions = vec![position(1, &state)];
+    let steps = [
+        vec![upsert(endpoints(1, &[1, 9]))],
+        vec![upsert(service(2, 5)), Change::Remove(Key::EndpointSet(set_key(0)))],
+        vec![Change::Remove(Key::Service(service_key(1)))],
+    ];
+    for (step, seq) in steps.into_iter().zip(2..) {
+        commit(&mut cache, &mut state, seq, step);
+        positions.push(position(seq, &state));
+    }
+    positions
+}
+
+fn reopen(directory: &Path) -> Option<Restored> {
+    Cache::open(directory, "node-a").unwrap().1
+}
+
+#[test]
+fn what_was_recorded_comes_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let positions = written(directory.path());
+    let restored = reopen(directory.path()).unwrap();
+    assert_eq!(restored.held.position, positions[3]);
+    assert_eq!(restored.held.state.digest(), positions[3].digest);
+    assert_eq!(restored.held.node, node());
+    // And can be added to.
+    let (mut cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+    let mut state = restored.unwrap().held.state;
+    commit(&mut cache, &mut state, 5, vec![upsert(service(9, 9))]);
+    drop(cache);
+    assert_eq!(reopen(directory.path()).unwrap().held.position, position(5, &state));
+}
+
+/// Cut anywhere, the file gives one of the states that were committed, or nothing.
+#[test]
+fn a_file_cut_anywhere_gives_a_committed_state_or_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let positions = written(directory.path());
+    let path = directory.path().join(LOG);
+    let whole = fs::read(&path).unwrap();
+    let mut seen = vec![0; positions.len() + 1];
+    for length in 0..=whole.len() {
+        fs::write(&path, &whole[..length]).unwrap();
+        match format::load(&path, "node-a").unwrap() {
+            None => seen[positions.len()] += 1,
+            Some(loaded) => {
+                let at = positions.iter().position(|position| *position == loaded.held.position).unwrap();
+                assert_eq!(loaded.held.state.digest(), positions[at].digest);
+                assert!(loaded.good_bytes <= length as u64);
+                seen[at] += 1;
+            }
+        }
+    }
+    assert!(seen.iter().all(|times| *times > 0), "{seen:?}");
+    assert_eq!(seen[3], 1, "only the whole file has the last transaction");
+}
+
+/// No flipped bit is ever part of a state.
+#[test]
+fn a_flipped_bit_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    let positions = written(directory.path());
+    let path = directory.path().join(LOG);
+    let whole = fs::read(&path).unwrap();
+    for at in 0..whole.len() {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1 << (at % 8);
+        fs::write(&path, &damaged).unwrap();
+        if let Some(loaded) = format::load(&path, "node-a").unwrap() {
+            assert!(positions[..3].contains(&loaded.held.position), "byte {at}");
+            assert_eq!(loaded.held.state.digest(), loaded.held.position.digest);
+        }
+    }
+}
+
+#[test]
+fn what_follows_a_damaged_tail_is_written_over_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let positions = written(directory.path());
+    let path = directory.path().join(LOG);
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() - 3]).unwrap();
+    let (mut cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+    let mut state = restored.unwrap().held.state;
+    assert_eq!(state.digest(), positions[2].digest);
+    commit(&mut cache, &mut state, 9, vec![upsert(service(8, 8))]);
+    drop(cache);
+    assert_eq!(reopen(directory.path()).unwrap().held.position, position(9, &state));
+}
+
+#[test]
+fn the_cache_of_another_node_and_of_another_program_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    written(directory.path());
+    assert!(Cache::open(directory.path(), "node-b").unwrap().1.is_none());
+    fs::write(directory.path().join(LOG), b"something else entirely").unwrap();
+    assert!(reopen(directory.path()).is_none());
+}
+
+#[test]
+fn a_second_process_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_cache, _) = Cache::open(directory.path(), "node-a").unwrap();
+    assert!(matches!(Cache::open(directory.path(), "node-a"), Err(CacheError::InUse { .. })));
+}
+
+#[test]
+fn an_incomplete_state_is_kept_without_a_place_in_history() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut cache, _) = Cache::open(directory.path(), "node-a").unwrap();
+    let state = cluster(2);
+    let committed = Committed {
+        changes: all(&state),
+        services: Vec::new(),
+        position: position(4, &cluster(3)),
+        held: state.digest(),
+        trigger: None,
+        full: true,
+    };
+    cache.record(vec![committed], &node(), &state);
+    drop(cache);
+    let held = reopen(directory.path()).unwrap().held;
+    assert_eq!(held.position, Position { epoch: 0, seq: 0, digest: state.digest() });
+}
+
+/// The file stays in proportion to the state, however much happens.
+#[test]
+fn the_file_is_written_anew_when_it_has_grown() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut state = State::default();
+    let mut restored = None;
+    for round in 0..6u64 {
+        let (mut cache, _) = Cache::open(directory.path(), "node-a").unwrap();
+        if round == 0 {
+            commit(&mut cache, &mut state, 1, all(&cluster(50)));
+        }
+        // At most as many as the queue takes, so that none is merged away.
+        for step in 0..40u8 {
+            let hosts: Vec<u8> = (1..=250).filter(|host| *host != step).collect();
+            commit(
+                &mut cache,
+                &mut state,
+                2 + round * 40 + u64::from(step),
+                vec![upsert(endpoints(step, &hosts))],
+            );
+        }
+        drop(cache);
+        restored = reopen(directory.path());
+    }
+    assert_eq!(restored.unwrap().held.state.digest(), state.digest());
+    let bytes = fs::metadata(directory.path().join(LOG)).unwrap().len();
+    assert!(bytes < 2 * 1024 * 1024, "{bytes} bytes");
+}
