@@ -55,42 +55,47 @@ pub(super) struct Manifest {
 /// Why a text is no manifest, as the end of a sentence.
 pub(super) type Broken = String;
 
-/// Reads YAML, or JSON where `json`. Either may hold several documents.
+/// Reads YAML, or JSON where `json`. Either may hold several documents, which are converted
+/// one by one: as plain values all together would take ten times the room of the text.
 pub(super) fn parse(text: &str, json: bool, names: &mut Interner) -> Result<Manifest, Broken> {
-    let documents = if json { json_documents(text)? } else { yaml_documents(text)? };
     let mut manifest = Manifest::default();
-    for (index, document) in documents.iter().enumerate() {
-        let place = format!("document {}", index + 1);
-        manifest.add(document, &place, ("", ""), names)?;
+    let mut count = 0;
+    let mut take = |document: Value| {
+        count += 1;
+        manifest.add(&document, &format!("document {count}"), ("", ""), names)
+    };
+    if json {
+        for document in serde_json::Deserializer::from_str(text).into_iter() {
+            take(document.map_err(|error| format!("is not valid JSON: {error}"))?)?;
+        }
+    } else {
+        let mut reader = text.as_bytes();
+        for document in serde_saphyr::read_with_options(&mut reader, yaml_options()) {
+            take(document.map_err(|error| not_yaml(&error))?)?;
+        }
     }
     Ok(manifest)
 }
 
-fn json_documents(text: &str) -> Result<Vec<Value>, Broken> {
-    serde_json::Deserializer::from_str(text)
-        .into_iter()
-        .collect::<Result<_, _>>()
-        .map_err(|error| format!("is not valid JSON: {error}"))
-}
-
 /// Only `true` and `false` are booleans: `name: no` means a text, whatever YAML 1.1 said.
 /// The bounds are those of a file with all Services of a large cluster.
-fn yaml_documents(text: &str) -> Result<Vec<Value>, Broken> {
+fn yaml_options() -> serde_saphyr::Options {
     let budget = serde_saphyr::budget! {
         max_events: 100_000_000,
         max_nodes: 50_000_000,
         max_documents: 1_000_000,
         max_total_scalar_bytes: 1 << 30,
     };
-    let options = serde_saphyr::options! {
+    serde_saphyr::options! {
         strict_booleans: true,
         with_snippet: false,
         budget: budget,
-    };
-    serde_saphyr::from_multiple_with_options(text, options).map_err(|error| {
-        let place = error.location().map(|at| format!(" at line {} column {}", at.line(), at.column()));
-        format!("is not valid YAML{}: {}", place.unwrap_or_default(), error.to_string().replace('\n', " "))
-    })
+    }
+}
+
+fn not_yaml(error: &serde_saphyr::Error) -> Broken {
+    let place = error.location().map(|at| format!(" at line {} column {}", at.line(), at.column()));
+    format!("is not valid YAML{}: {}", place.unwrap_or_default(), error.to_string().replace('\n', " "))
 }
 
 impl Manifest {
