@@ -419,6 +419,10 @@ mod tests {
         life.tracker.end_list(&mut life.batch);
         assert_eq!(life.told(), "qx", "what is broken is still there");
         life.tracker.begin_list();
+        life.read("1", Err(fault("x")));
+        life.tracker.end_list(&mut life.batch);
+        assert_eq!(life.told(), "", "and stays there");
+        life.tracker.begin_list();
         life.tracker.end_list(&mut life.batch);
         assert_eq!(life.told(), "- ok");
     }

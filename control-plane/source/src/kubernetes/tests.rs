@@ -407,6 +407,13 @@ fn what_is_ready_is_told_at_once_with_its_oldest_cause() {
 
     let events = intake.digest([applied("a", Some("1970-01-01T00:00:01Z"))].into_iter());
     assert_eq!(events, [], "an object that says the same has no cause either");
+
+    let Signal { which, news: News::Applied(object) } = applied("e", Some("1970-01-01T00:00:01Z")) else {
+        panic!()
+    };
+    let events = intake.digest([Signal { which, news: News::Listed(object) }].into_iter());
+    let [Event::Changes(changes)] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(changes.trigger, None, "what a list shows may have happened long ago");
 }
 
 #[test]
