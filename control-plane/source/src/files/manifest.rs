@@ -188,8 +188,12 @@ fn convert(kind: Kind, value: &Value, names: &mut Interner) -> Conversion<Object
     }
 }
 
-/// A Kubernetes type; what does not fit is named by its path.
+/// A Kubernetes type; what does not fit is named by its path, which only a second reading
+/// keeps track of.
 fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, InvalidField> {
+    if let Ok(good) = T::deserialize(value) {
+        return Ok(good);
+    }
     serde_path_to_error::deserialize(value).map_err(|error| {
         let found = error.path().iter().try_fold(value, |value, segment| match segment {
             Segment::Seq { index } => value.get(index),
