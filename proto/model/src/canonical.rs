@@ -11,7 +11,7 @@ use crate::{Endpoint, EndpointSet, NodeContext, Service};
 
 /// Largest canonical form of a resource, so that one always fits into a message of 1 MiB. The
 /// source keeps larger objects in quarantine.
-pub const MAX_BYTES: usize = 768 * 1024;
+pub const MAX_BYTES: usize = 512 * 1024;
 
 /// Canonical bytes of a Service.
 pub fn service(service: &Service) -> Vec<u8> {

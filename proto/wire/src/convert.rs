@@ -10,7 +10,7 @@ use lockstep_model::{
 };
 use prost::Message;
 
-use crate::decode::{DecodeError, decode_endpoint_set, decode_service, parse_address, parse_cidr};
+use crate::decode::{DecodeError, decode_endpoint_set, decode_service, fault, parse_address, parse_cidr};
 use crate::{raw, v1};
 
 /// The typed message of a Service.
@@ -79,10 +79,8 @@ pub fn node_context_to_wire(node: &NodeContext) -> v1::NodeContext {
 /// The facts about a node in a message.
 pub fn node_context_from_wire(message: &v1::NodeContext) -> Result<NodeContext, InvalidField> {
     let optional = |text: &str| (!text.is_empty()).then(|| text.into());
-    let fault = |field: &str, index: usize, text: &str, reason: &str| InvalidField {
-        field: format!("{field}[{index}]"),
-        value: text.into(),
-        reason: reason.into(),
+    let fault = |field: &str, index: usize, text: &str, reason: &str| {
+        fault(&format!("{field}[{index}]"), text, reason)
     };
     check_name("name", &message.name)?;
     let mut node = NodeContext {
@@ -122,16 +120,11 @@ pub fn key_to_wire(key: &Key, version: Option<Version>) -> v1::ResourceRef {
 
 /// The resource that a message names.
 pub fn key_from_wire(message: &v1::ResourceRef) -> Result<(Key, Option<Version>), InvalidField> {
-    let fault = |field: &str, value: String, reason: &str| InvalidField {
-        field: field.into(),
-        value,
-        reason: reason.into(),
-    };
     let kind = match message.kind() {
         v1::ResourceKind::Service => Kind::Service,
         v1::ResourceKind::EndpointSet => Kind::EndpointSet,
         v1::ResourceKind::Unspecified => {
-            return Err(fault("kind", message.kind.to_string(), "is not a kind this release knows"));
+            return Err(fault("kind", &message.kind.to_string(), "is not a kind this release knows"));
         }
     };
     let key = key_from_text(kind, &message.key)?;
@@ -145,14 +138,11 @@ pub fn key_from_wire(message: &v1::ResourceRef) -> Result<(Key, Option<Version>)
 /// Reads the text form of a key, checking each name in it.
 pub fn key_from_text(kind: Kind, text: &str) -> Result<Key, InvalidField> {
     text.split('/').try_for_each(|name| check_name("key", name))?;
-    Key::parse(kind, text).ok_or_else(|| InvalidField {
-        field: "key".into(),
-        value: text.into(),
-        reason: match kind {
-            Kind::Service => "is not namespace/name".into(),
-            Kind::EndpointSet => "is not namespace/service/slice".into(),
-        },
-    })
+    let form = match kind {
+        Kind::Service => "is not namespace/name",
+        Kind::EndpointSet => "is not namespace/service/slice",
+    };
+    Key::parse(kind, text).ok_or_else(|| fault("key", text, form))
 }
 
 /// The number of a kind of resource.
@@ -185,7 +175,7 @@ pub fn digest_from_wire(position: &v1::Position) -> Result<Digest, InvalidField>
 }
 
 fn wrong_length(field: &str, bytes: &[u8], reason: &str) -> InvalidField {
-    InvalidField { field: field.into(), value: format!("{} bytes", bytes.len()), reason: reason.into() }
+    fault(field, &format!("{} bytes", bytes.len()), reason)
 }
 
 /// Canonical bytes are valid protobuf by construction, which the tests of this crate hold.

@@ -56,6 +56,9 @@ pub enum ResourceError {
     Body(#[from] DecodeError),
 }
 
+/// How much of a value an error shows.
+const MAX_SHOWN_CHARS: usize = 128;
+
 type Result<T, E = DecodeError> = std::result::Result<T, E>;
 
 impl DecodeError {
@@ -73,7 +76,13 @@ impl DecodeError {
 }
 
 fn invalid(field: &str, value: impl ToString, reason: &str) -> DecodeError {
-    InvalidField { field: field.into(), value: value.to_string(), reason: reason.into() }.into()
+    fault(field, &value.to_string(), reason).into()
+}
+
+/// A fault with the value cut to what a log or an Ack can carry.
+pub(crate) fn fault(field: &str, value: &str, reason: &str) -> InvalidField {
+    let value = value.chars().take(MAX_SHOWN_CHARS).collect();
+    InvalidField { field: field.into(), value, reason: reason.into() }
 }
 
 /// Decodes a resource as received, after checking that its version is the hash of its body.

@@ -34,7 +34,7 @@ pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 
 /// Most canonical bytes that one object may have. A message holds 1 MiB, and an object never
 /// spans two.
-pub const MAX_OBJECT_BYTES: usize = 512 * 1024;
+pub const MAX_OBJECT_BYTES: usize = lockstep_model::canonical::MAX_BYTES;
 /// Most endpoints that one EndpointSlice may have; the API server's own limit.
 pub const MAX_ENDPOINTS: usize = 1000;
 

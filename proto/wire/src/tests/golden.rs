@@ -1,5 +1,8 @@
 //! Committed files that a test makes again and compares. `LOCKSTEP_BLESS=1` writes them.
 
+mod compatibility;
+mod vectors;
+
 use std::path::PathBuf;
 
 fn path(name: &str) -> PathBuf {
@@ -7,12 +10,12 @@ fn path(name: &str) -> PathBuf {
 }
 
 /// The committed file; `None` where there is none.
-pub(super) fn read(name: &str) -> Option<Vec<u8>> {
+fn read(name: &str) -> Option<Vec<u8>> {
     std::fs::read(path(name)).ok()
 }
 
 /// Compares with the committed file, or writes it.
-pub(super) fn check(name: &str, now: &[u8]) {
+fn check(name: &str, now: &[u8]) {
     if std::env::var_os("LOCKSTEP_BLESS").is_some_and(|value| value == "1") {
         // Other tests may be reading it: they get the old file or the new one.
         let new = path(&format!("{name}.new"));

@@ -280,3 +280,24 @@ fn facts_about_a_node_are_checked() {
     let facts = v1::NodeContext { pod_cidrs: texts(&["10.0.0.1/24"]), ..node() };
     assert_eq!(error(facts), "pod_cidrs[0]: \"10.0.0.1/24\" has host bits set");
 }
+
+#[test]
+fn an_error_shows_only_the_start_of_a_long_value() {
+    let long = "1".repeat(100_000);
+    let set = v1::EndpointSet {
+        namespace: "default".into(),
+        service: "web".into(),
+        slice: "web-1".into(),
+        family: 1,
+        endpoints: vec![v1::Endpoint { address: long.clone(), ..Default::default() }],
+        ..Default::default()
+    };
+    let error = convert::endpoint_set_from_wire(&set, &mut Interner::default()).unwrap_err().to_string();
+    assert!(error.starts_with("endpoints[0].address: \"1111") && error.len() < 200, "{error}");
+    let error = convert::key_from_text(Kind::Service, &format!("{long}/a/b")).unwrap_err().to_string();
+    assert!(error.len() < 200, "{error}");
+    let node =
+        v1::NodeContext { name: "n".into(), uid: "u".into(), addresses: vec![long], ..Default::default() };
+    let error = convert::node_context_from_wire(&node).unwrap_err().to_string();
+    assert!(error.len() < 200, "{error}");
+}

@@ -10,7 +10,7 @@ use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage, EnumDescriptor, MessageDescriptor, ReflectMessage};
 use serde_json::Value;
 
-use super::golden;
+use super::{check, read};
 use crate::{FILE_DESCRIPTOR_SET, convert, decode_endpoint_set, decode_service, raw};
 
 static POOL: LazyLock<DescriptorPool> =
@@ -26,7 +26,7 @@ struct Object {
 }
 
 fn entries(file: &str) -> Vec<Value> {
-    let text = golden::read(file).unwrap_or_else(|| panic!("{file} is missing"));
+    let text = read(file).unwrap_or_else(|| panic!("{file} is missing"));
     let json: Value = serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{file}: {error}"));
     json.as_array().unwrap_or_else(|| panic!("{file}: not a list")).clone()
 }
@@ -133,7 +133,7 @@ fn objects_have_their_bytes_versions_and_digests() {
             ])
         })
         .collect();
-    golden::check("vectors/objects.json", &list_text(&text));
+    check("vectors/objects.json", &list_text(&text));
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn states_have_their_digests() {
             ])
         })
         .collect();
-    golden::check("vectors/states.json", &list_text(&text));
+    check("vectors/states.json", &list_text(&text));
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn patches_have_their_bytes() {
             ])
         })
         .collect();
-    golden::check("vectors/patches.json", &list_text(&text));
+    check("vectors/patches.json", &list_text(&text));
 }
 
 #[test]
@@ -216,7 +216,7 @@ fn what_is_not_canonical_is_refused() {
             entry_text(&fields)
         })
         .collect();
-    golden::check("vectors/refused.json", &list_text(&text));
+    check("vectors/refused.json", &list_text(&text));
 }
 
 /// Names of the fields and enum values that a message sets, in it and below.
@@ -280,7 +280,7 @@ fn vectors_set_every_field() {
 /// The document works one vector out by hand.
 #[test]
 fn the_document_says_what_the_vectors_say() {
-    let document = String::from_utf8(golden::read("../../docs/protocol.md").unwrap()).unwrap();
+    let document = String::from_utf8(read("../../docs/protocol.md").unwrap()).unwrap();
     let vector =
         entries("vectors/objects.json").into_iter().find(|entry| text(entry, "name") == "no-address-no-port");
     let vector = vector.unwrap();

@@ -8,7 +8,7 @@ use prost_types::{
     DescriptorProto, EnumDescriptorProto, FieldDescriptorProto, FileDescriptorSet, ServiceDescriptorProto,
 };
 
-use super::golden;
+use super::{check, read};
 use crate::FILE_DESCRIPTOR_SET;
 
 /// The contract without comments, so that editing one is no change.
@@ -108,12 +108,12 @@ fn message_breaks(old: &DescriptorProto, new: &DescriptorProto, breaks: &mut Vec
 #[test]
 fn the_contract_only_grows() {
     let current = current();
-    if let Some(committed) = golden::read("descriptor.binpb") {
+    if let Some(committed) = read("descriptor.binpb") {
         let committed = FileDescriptorSet::decode(&committed[..]).unwrap();
         let breaks = breaks(&committed, &current);
         assert!(breaks.is_empty(), "these changes break peers of earlier releases:\n{}", breaks.join("\n"));
     }
-    golden::check("descriptor.binpb", &current.encode_to_vec());
+    check("descriptor.binpb", &current.encode_to_vec());
 }
 
 /// Applies an edit to the contract, and says what it breaks.
