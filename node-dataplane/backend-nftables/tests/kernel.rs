@@ -123,3 +123,163 @@ fn a_restarted_process_adopts_what_is_there() {
         assert_eq!(third.verify().unwrap(), []);
     });
 }
+
+#[test]
+fn drift_is_found_and_repaired() {
+    in_namespace(|| {
+        let plan = every_shape();
+        let mut backend = synced(&plan);
+        assert!(!backend.disturbed().unwrap());
+        let damage = [
+            (
+                "delete element ip lockstep frontends { 10.96.0.1 . tcp . 80 }",
+                "map ip lockstep frontends: 1 element missing",
+            ),
+            (
+                "add element ip lockstep hairpin { 10.9.9.9 . 10.9.9.9 }",
+                "set ip lockstep hairpin: 1 element not ours",
+            ),
+            ("add rule ip lockstep services counter", "chain ip lockstep services: differs"),
+            ("flush chain ip lockstep refuse", "chain ip lockstep refuse: differs"),
+            ("add chain ip6 lockstep odd", "chain ip6 lockstep odd: not ours"),
+            ("add set ip6 lockstep odd { type ipv4_addr; }", "set ip6 lockstep odd: not ours"),
+            ("flush map ip6 lockstep endpoints", "map ip6 lockstep endpoints: 6 elements missing"),
+            ("delete table ip lockstep", "set ip lockstep frontends: missing"),
+            ("flush ruleset", "set ip6 lockstep allowed: missing"),
+        ];
+        for (command, expected) in damage {
+            run("nft", &[command]);
+            assert!(backend.disturbed().unwrap(), "{command}");
+            let found = audit(&mut backend);
+            assert!(found.iter().any(|drift| drift == expected), "{command}: {found:?}");
+            assert!(backend.sync(&plan).unwrap().objects_changed > 0, "{command}");
+            assert_eq!(backend.verify().unwrap(), [], "{command}");
+            assert_eq!(audit(&mut backend), Vec::<String>::new(), "{command}");
+            assert!(!backend.disturbed().unwrap(), "{command}: the repair is our own");
+        }
+    });
+}
+
+#[test]
+fn an_apply_on_a_damaged_table_repairs_it() {
+    in_namespace(|| {
+        let mut plan = every_shape();
+        let mut backend = synced(&plan);
+        run("nft", &["flush", "map", "ip", "lockstep", "endpoints"]);
+        plan.services.remove(&key("plain"));
+        assert_eq!(backend.apply(&plan, &[key("plain")]).unwrap().failures, []);
+        assert_eq!(audit(&mut backend), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn what_is_not_ours_stays_as_it_is() {
+    in_namespace(|| {
+        run(
+            "nft",
+            &[
+                "table ip theirs { map m { type ipv4_addr : verdict; }; chain c { type nat hook prerouting priority -100; ip daddr vmap @m; }; }",
+            ],
+        );
+        run("nft", &["table inet lockstep { chain c { type filter hook input priority 0; counter; }; }"]);
+        let theirs = || {
+            run("nft", &["list", "table", "ip", "theirs"])
+                + &run("nft", &["list", "table", "inet", "lockstep"])
+        };
+        let before = theirs();
+        let mut plan = every_shape();
+        let mut backend = synced(&plan);
+        assert!(!backend.disturbed().unwrap());
+        run("nft", &["add table ip another"]);
+        assert!(!backend.disturbed().unwrap(), "not our table");
+        run("nft", &["delete table ip another"]);
+        plan.services.remove(&key("plain"));
+        backend.apply(&plan, &[key("plain")]).unwrap();
+        assert!(backend.cleanup().unwrap() > 50);
+        assert_eq!(run("nft", &["list", "ruleset"]), before);
+        assert_eq!(backend.cleanup().unwrap(), 0);
+        // And it can begin again.
+        assert!(backend.sync(&plan).unwrap().objects_changed > 0);
+        assert_eq!(backend.verify().unwrap(), []);
+    });
+}
+
+#[test]
+fn a_changed_node_changes_the_rules() {
+    in_namespace(|| {
+        let mut plan = every_shape();
+        let mut backend = synced(&plan);
+        plan.node.masquerade_mark = 0x8000;
+        plan.node.pods = None;
+        plan.node.node_ports_v4 =
+            lockstep_view::NodePortScope::Addresses(vec![ip("192.0.2.200"), ip("192.0.2.201")]);
+        assert!(backend.sync(&plan).unwrap().objects_changed > 0);
+        assert_eq!(audit(&mut backend), Vec::<String>::new());
+        // One more address is one element.
+        plan.node.node_ports_v4 = lockstep_view::NodePortScope::Addresses(vec![
+            ip("192.0.2.200"),
+            ip("192.0.2.201"),
+            ip("192.0.2.202"),
+        ]);
+        assert_eq!(backend.sync(&plan).unwrap().objects_changed, 1);
+        assert_eq!(backend.verify().unwrap(), []);
+    });
+}
+
+/// A Service with a cluster IP, a node port and these pods, 0 to 9 of them.
+fn churning(n: u16, random: &mut fastrand::Rng) -> std::sync::Arc<lockstep_view::ServicePlan> {
+    let [high, low] = n.to_be_bytes();
+    let pods: std::collections::BTreeSet<u8> = (0..random.u8(0..10)).map(|_| random.u8(1..30)).collect();
+    let targets: Vec<_> =
+        pods.iter().map(|pod| target(&format!("10.{}.{low}.{pod}", 224 + high), 80)).collect();
+    let mut frontends = vec![
+        cluster_ip(&format!("10.96.{high}.{low}"), 80),
+        external(lockstep_view::Surface::NodePort, 30000 + n),
+    ];
+    if targets.is_empty() {
+        for frontend in &mut frontends {
+            let reject = lockstep_view::Action::Reject;
+            (frontend.from_pod, frontend.from_node, frontend.from_elsewhere) = (reject, reject, reject);
+        }
+    }
+    let mut port = port_plan(Protocol::Tcp, 80, targets, frontends);
+    port.hairpin = port.cluster.iter().filter(|target| target.address == ip("10.224.0.1")).copied().collect();
+    service(&format!("s{n}"), vec![port])
+}
+
+#[test]
+fn two_thousand_services_that_churn_end_where_a_fresh_start_ends() {
+    in_namespace(|| {
+        let mut random = fastrand::Rng::with_seed(7);
+        let mut plan = plan((0..2000).map(|n| churning(n, &mut random)));
+        let mut backend = synced(&plan);
+        for round in 0..60 {
+            let count = [1, 1, 7, 60, 400][round % 5];
+            let mut changed = Vec::new();
+            for _ in 0..count {
+                let n = random.u16(0..2000);
+                let name = key(&format!("s{n}"));
+                if random.u8(0..10) == 0 {
+                    plan.services.remove(&name);
+                } else {
+                    plan.services.insert(name.clone(), churning(n, &mut random));
+                }
+                changed.push(name);
+            }
+            assert_eq!(backend.apply(&plan, &changed).unwrap().failures, []);
+            assert_eq!(backend.verify().unwrap(), [], "round {round}");
+            assert!(!backend.disturbed().unwrap(), "round {round}: our own changes");
+        }
+        assert_eq!(audit(&mut backend), Vec::<String>::new());
+        // A fresh process finds nothing to write, so the kernel is what it would write.
+        assert_eq!(Nftables::open().unwrap().sync(&plan).unwrap().objects_changed, 0);
+        // Growth past the declared sizes, under traffic of changes.
+        for n in 2000..5000 {
+            let service = churning(n, &mut random);
+            plan.services.insert(service.key.clone(), service);
+        }
+        let all: Vec<_> = plan.services.keys().cloned().collect();
+        assert_eq!(backend.apply(&plan, &all).unwrap().failures, []);
+        assert_eq!(backend.verify().unwrap(), []);
+    });
+}

@@ -1,0 +1,260 @@
+//! What packets experience: a node, two pods and a client outside, each a network
+//! namespace. Needs root.
+#![allow(clippy::unwrap_used)] // a test states its expectations with unwrap
+
+mod support;
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use lockstep_backend_nftables::Nftables;
+use lockstep_kernel::netns;
+use lockstep_model::Protocol;
+use lockstep_view::{Action, Backend, ForwardingPlan, Frontend, Pool, PortPlan, Surface};
+use support::*;
+
+/// Longer than the second after which TCP sends a SYN again: between namespaces the ICMP
+/// error can come back while connect() still holds the socket, and then does not end it.
+const PATIENCE: Duration = Duration::from_millis(2500);
+
+/// A namespace that `ip netns` made; deleted when dropped.
+struct Namespace(String);
+
+impl Namespace {
+    /// Linked to this thread's namespace: `net`.2 there, `net`.1 here, default route here.
+    fn linked(role: &str, net: &str, net6: &str) -> Self {
+        let name = format!("ls-nft-{}-{:?}-{role}", std::process::id(), thread::current().id())
+            .replace(['(', ')'], "");
+        run("ip", &["netns", "add", &name]);
+        netns::run_in(&name, use_addresses_at_once).unwrap();
+        let here = format!("to-{role}");
+        run("ip", &["link", "add", &here, "type", "veth", "peer", "name", "eth0", "netns", &name]);
+        run("ip", &["addr", "add", &format!("{net}.1/24"), "dev", &here]);
+        run("ip", &["addr", "add", &format!("{net6}::1/64"), "dev", &here, "nodad"]);
+        run("ip", &["link", "set", &here, "up"]);
+        let inside = |arguments: &[&str]| run("ip", &[&["-n", &name][..], arguments].concat());
+        inside(&["link", "set", "lo", "up"]);
+        inside(&["addr", "add", &format!("{net}.2/24"), "dev", "eth0"]);
+        inside(&["addr", "add", &format!("{net6}::2/64"), "dev", "eth0", "nodad"]);
+        inside(&["link", "set", "eth0", "up"]);
+        inside(&["route", "add", "default", "via", &format!("{net}.1")]);
+        inside(&["-6", "route", "add", "default", "via", &format!("{net6}::1")]);
+        Self(name)
+    }
+
+    /// Answers every TCP connection to port 8080 with the client's address, and every UDP
+    /// packet to port 5353 likewise.
+    fn serve(&self) {
+        // A socket stays in the namespace it was made in, whoever uses it.
+        let (tcp, udp) = netns::run_in(&self.0, || {
+            (TcpListener::bind("[::]:8080").unwrap(), UdpSocket::bind("[::]:5353").unwrap())
+        })
+        .unwrap();
+        thread::spawn(move || {
+            for connection in tcp.incoming() {
+                let Ok(mut connection) = connection else { return };
+                let from = connection.peer_addr().map(|address| address.ip().to_canonical().to_string());
+                let _ = connection.write_all(from.unwrap_or_default().as_bytes());
+            }
+        });
+        thread::spawn(move || {
+            let mut buffer = [0; 64];
+            while let Ok((_, from)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(from.ip().to_canonical().to_string().as_bytes(), from);
+            }
+        });
+    }
+
+    /// Dials from here; what came back: the address the server saw.
+    fn dial(&self, address: &str) -> Result<IpAddr, ErrorKind> {
+        netns::run_in(&self.0, || dial(address)).unwrap()
+    }
+
+    fn dial_udp(&self, address: &str) -> Result<IpAddr, ErrorKind> {
+        netns::run_in(&self.0, || {
+            let any = if address.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.connect(address).unwrap();
+            let mut buffer = [0; 64];
+            socket.send(b"?").map_err(|error| error.kind())?;
+            let length = socket.recv(&mut buffer).map_err(|error| error.kind())?;
+            Ok(std::str::from_utf8(&buffer[..length]).unwrap().parse().unwrap())
+        })
+        .unwrap()
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+fn dial(address: &str) -> Result<IpAddr, ErrorKind> {
+    let address: SocketAddr = address.parse().unwrap();
+    let mut connection = TcpStream::connect_timeout(&address, PATIENCE).map_err(|error| error.kind())?;
+    connection.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).map_err(|error| error.kind())?;
+    Ok(answer.parse().unwrap())
+}
+
+struct World {
+    pod1: Namespace,
+    pod2: Namespace,
+    client: Namespace,
+}
+
+/// No duplicate address detection: until it ends, a node cannot even look for its neighbours.
+fn use_addresses_at_once() {
+    std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap();
+}
+
+/// Runs a test on a node that the backend has programmed.
+fn on_node(plan: &ForwardingPlan, test: impl FnOnce(&World, &mut Nftables) + Send) {
+    let done = netns::run_in_new(|| {
+        run("ip", &["link", "set", "lo", "up"]);
+        use_addresses_at_once();
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+        let world = World {
+            pod1: Namespace::linked("pod1", "10.244.1", "fd00:10:244:1"),
+            pod2: Namespace::linked("pod2", "10.244.2", "fd00:10:244:2"),
+            client: Namespace::linked("client", "192.168.9", "fd00:9"),
+        };
+        // As on every node: without a route there, it would not even ask the rules.
+        run("ip", &["route", "add", "default", "via", "192.168.9.2"]);
+        run("ip", &["-6", "route", "add", "default", "via", "fd00:9::2"]);
+        world.pod1.serve();
+        world.pod2.serve();
+        let mut backend = Nftables::open().unwrap();
+        assert_eq!(backend.sync(plan).unwrap().failures, []);
+        assert_eq!(backend.verify().unwrap(), []);
+        test(&world, &mut backend);
+    });
+    done.expect("these tests need root");
+}
+
+fn to_pod(n: u8) -> lockstep_view::Target {
+    target(&format!("10.244.{n}.2"), 8080)
+}
+
+fn one(name: &str, cluster: Vec<lockstep_view::Target>, frontends: Vec<Frontend>) -> PortPlan {
+    let mut port = port_plan(Protocol::Tcp, 80, cluster, frontends);
+    port.name = name.into();
+    port
+}
+
+#[test]
+fn a_cluster_ip_reaches_its_endpoint_and_masquerades_only_what_is_not_a_pod() {
+    let v6 = one("v6", vec![target("fd00:10:244:2::2", 8080)], vec![cluster_ip("fd00:96::1", 80)]);
+    let v4 = one("v4", vec![to_pod(2)], vec![cluster_ip("10.96.0.1", 80)]);
+    let udp =
+        port_plan(Protocol::Udp, 53, vec![target("10.244.2.2", 5353)], vec![cluster_ip("10.96.0.1", 53)]);
+    on_node(&plan([service("web", vec![v4, v6, udp])]), |world, _| {
+        assert_eq!(world.pod1.dial("10.96.0.1:80"), Ok(ip("10.244.1.2")));
+        assert_eq!(world.client.dial("10.96.0.1:80"), Ok(ip("10.244.2.1")));
+        assert_eq!(dial("10.96.0.1:80"), Ok(ip("10.244.2.1")), "from the node itself");
+        assert_eq!(world.pod1.dial("[fd00:96::1]:80"), Ok(ip("fd00:10:244:1::2")));
+        assert_eq!(world.client.dial("[fd00:96::1]:80"), Ok(ip("fd00:10:244:2::1")));
+        assert_eq!(world.pod1.dial_udp("10.96.0.1:53"), Ok(ip("10.244.1.2")));
+        assert_eq!(world.client.dial_udp("10.96.0.1:53"), Ok(ip("10.244.2.1")));
+    });
+}
+
+#[test]
+fn every_endpoint_gets_its_share_also_after_one_is_replaced() {
+    let port = |targets| one("", targets, vec![cluster_ip("10.96.0.1", 80)]);
+    let mut desired = plan([service("web", vec![port(vec![to_pod(1), to_pod(2)])])]);
+    on_node(&desired.clone(), |world, backend| {
+        // The masquerade address tells which pod it was.
+        let seen = |world: &World| {
+            let mut seen: Vec<_> = (0..40).map(|_| world.client.dial("10.96.0.1:80").unwrap()).collect();
+            seen.sort();
+            seen.dedup();
+            seen
+        };
+        assert_eq!(seen(world), [ip("10.244.1.1"), ip("10.244.2.1")]);
+        desired.services.insert(key("web"), service("web", vec![port(vec![to_pod(2)])]));
+        backend.apply(&desired, &[key("web")]).unwrap();
+        assert_eq!(backend.verify().unwrap(), []);
+        assert_eq!(seen(world), [ip("10.244.2.1")]);
+    });
+}
+
+#[test]
+fn node_ports_masquerade_or_keep_the_client_as_planned() {
+    let cluster = one("cluster", vec![to_pod(2)], vec![external(Surface::NodePort, 30001)]);
+    let mut local = one(
+        "local",
+        vec![to_pod(2)],
+        vec![
+            external_local(
+                Surface::NodePort,
+                30002,
+                Action::Forward { pool: Pool::Local, masquerade: false },
+            ),
+            external_local(Surface::NodePort, 30003, Action::Drop),
+        ],
+    );
+    local.local = vec![to_pod(1)];
+    on_node(&plan([service("web", vec![cluster, local])]), |world, _| {
+        assert_eq!(world.client.dial("192.168.9.1:30001"), Ok(ip("10.244.2.1")));
+        assert_eq!(world.client.dial("192.168.9.1:30002"), Ok(ip("192.168.9.2")), "the client's own address");
+        assert_eq!(world.pod1.dial("192.168.9.1:30002"), Ok(ip("10.244.1.2")), "short circuit");
+        assert_eq!(dial("192.168.9.1:30002"), Ok(ip("10.244.2.1")), "short circuit from the node");
+        assert_eq!(world.client.dial("192.168.9.1:30003"), Err(ErrorKind::TimedOut), "dropped");
+        assert_eq!(world.pod1.dial("192.168.9.1:30003"), Ok(ip("10.244.1.2")));
+        assert_eq!(dial("127.0.0.1:30001"), Err(ErrorKind::ConnectionRefused), "never on loopback");
+    });
+}
+
+#[test]
+fn an_endpoint_that_meets_itself_is_masqueraded() {
+    let mut port = one("", vec![to_pod(1)], vec![cluster_ip("10.96.0.1", 80)]);
+    port.hairpin = vec![to_pod(1)];
+    on_node(&plan([service("web", vec![port])]), |world, _| {
+        assert_eq!(world.pod1.dial("10.96.0.1:80"), Ok(ip("10.244.1.1")));
+    });
+}
+
+#[test]
+fn without_endpoints_it_is_refused() {
+    let reject = |surface, number| frontend(surface, number, [Action::Reject; 3]);
+    let v4 = vec![
+        reject(Surface::ClusterIp(ip("10.96.0.3")), 80),
+        reject(Surface::ExternalIp(ip("198.51.100.3")), 80),
+        reject(Surface::NodePort, 30003),
+    ];
+    let v6 = vec![reject(Surface::ClusterIp(ip("fd00:96::3")), 80)];
+    let udp = vec![reject(Surface::ClusterIp(ip("10.96.0.3")), 53)];
+    let ports = vec![
+        port_plan(Protocol::Tcp, 80, vec![], v4),
+        port_plan(Protocol::Tcp, 80, vec![], v6),
+        port_plan(Protocol::Udp, 53, vec![], udp),
+    ];
+    on_node(&plan([service("nobody", ports)]), |world, _| {
+        let refused = Err(ErrorKind::ConnectionRefused);
+        assert_eq!(world.pod1.dial("10.96.0.3:80"), refused);
+        assert_eq!(world.client.dial("198.51.100.3:80"), refused);
+        assert_eq!(world.client.dial("192.168.9.1:30003"), refused);
+        assert_eq!(world.pod2.dial("[fd00:96::3]:80"), refused);
+        assert_eq!(world.pod2.dial_udp("10.96.0.3:53"), refused);
+        assert_eq!(dial("10.96.0.3:80"), refused, "from the node itself");
+    });
+}
+
+#[test]
+fn only_allowed_sources_reach_a_restricted_address() {
+    let mut restricted = external(Surface::LoadBalancerIp(ip("192.0.2.7")), 80);
+    restricted.allowed_sources = Some(vec!["10.244.1.0/24".parse().unwrap()].into());
+    let port = one("", vec![to_pod(2)], vec![restricted, cluster_ip("10.96.0.7", 80)]);
+    on_node(&plan([service("restricted", vec![port])]), |world, _| {
+        assert_eq!(world.pod1.dial("192.0.2.7:80"), Ok(ip("10.244.2.1")));
+        assert_eq!(world.client.dial("192.0.2.7:80"), Err(ErrorKind::TimedOut));
+        assert_eq!(world.client.dial("10.96.0.7:80"), Ok(ip("10.244.2.1")), "other addresses are open");
+    });
+}
