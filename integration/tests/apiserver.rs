@@ -154,6 +154,50 @@ impl Known {
     }
 }
 
+/// What the API server was asked and agreed to.
+struct Audit {
+    directory: tempfile::TempDir,
+    arguments: [String; 2],
+}
+
+impl Audit {
+    fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let (policy, log) = (directory.path().join("policy.yaml"), directory.path().join("audit.log"));
+        let rule = json!({"level": "Metadata", "users": ["admin"], "verbs": ["list", "watch"]});
+        let rules = json!([rule, {"level": "None"}]);
+        let kind = json!({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": rules});
+        std::fs::write(&policy, kind.to_string())?;
+        let arguments = [
+            format!("--audit-policy-file={}", policy.display()),
+            format!("--audit-log-path={}", log.display()),
+        ];
+        Ok(Self { directory, arguments })
+    }
+
+    fn arguments(&self) -> [&str; 2] {
+        [&self.arguments[0], &self.arguments[1]]
+    }
+
+    /// URIs of the lists and watches of a resource that were answered.
+    fn requests(&self, resource: &str) -> Result<Vec<String>> {
+        let log = std::fs::read_to_string(self.directory.path().join("audit.log"))?;
+        let mut uris = Vec::new();
+        for line in log.lines() {
+            let entry: Value = serde_json::from_str(line)?;
+            // A watch that goes on has only begun to be answered.
+            let answered = entry["stage"] == "ResponseStarted" || entry["verb"] == "list";
+            if entry["objectRef"]["resource"] == resource
+                && answered
+                && entry["responseStatus"]["code"] == 200
+            {
+                uris.extend(entry["requestURI"].as_str().map(str::to_owned));
+            }
+        }
+        Ok(uris)
+    }
+}
+
 fn service(name: &str, port: u16) -> Value {
     json!({"metadata": {"name": name}, "spec": {"ports": [{"port": port}]}})
 }
@@ -201,7 +245,8 @@ async fn truth(cluster: &Cluster) -> Result<BTreeMap<String, u16>> {
 #[tokio::test]
 async fn the_first_lists_are_complete_and_only_what_is_for_us_is_read() -> Result<()> {
     let _turn = ONE_AT_A_TIME.lock().await;
-    let server = ApiServer::start().await?;
+    let audit = Audit::new()?;
+    let server = ApiServer::start_with(&audit.arguments()).await?;
     let cluster = server.cluster().await?;
     let mut objects = Vec::new();
     for n in 0..300_u16 {
@@ -255,6 +300,14 @@ async fn the_first_lists_are_complete_and_only_what_is_for_us_is_read() -> Resul
         ["endpointslices", "nodes", "services"],
         "how far each watch has come is told"
     );
+    for (resource, fields) in
+        [("services", "spec.clusterIP%21%3DNone"), ("endpointslices", ""), ("nodes", "")]
+    {
+        let asked = audit.requests(resource)?;
+        let listed = |uri: &&String| uri.contains("sendInitialEvents=true") && uri.contains(fields);
+        assert_eq!(asked.iter().filter(listed).count(), 1, "one streaming list of {resource}: {asked:?}");
+        assert!(!asked.iter().any(|uri| uri.contains("limit=")), "no pages of {resource}: {asked:?}");
+    }
     known.end().await;
     Ok(())
 }
@@ -455,13 +508,17 @@ async fn an_api_server_killed_under_changes_loses_none() -> Result<()> {
 #[tokio::test]
 async fn a_server_without_streaming_lists_is_read_in_pages() -> Result<()> {
     let _turn = ONE_AT_A_TIME.lock().await;
-    let mut server = ApiServer::start_with(&["--feature-gates=WatchList=false"]).await?;
+    let audit = Audit::new()?;
+    let [policy, log] = audit.arguments();
+    let mut server = ApiServer::start_with(&["--feature-gates=WatchList=false", policy, log]).await?;
     let cluster = server.cluster().await?;
     let services = (0..1300_u16).map(|n| (Kind::Service, service(&format!("s{n}"), 1000 + n)));
     create_all(&cluster, services.collect()).await?;
     let mut known = Known::start(&server).await?;
     known.until("synced", |known| known.synced).await;
     assert_eq!(known.ports(), truth(&cluster).await?, "1300 Services are three pages");
+    let asked = audit.requests("services")?;
+    assert_eq!(asked.iter().filter(|uri| uri.contains("limit=500")).count(), 3, "{asked:?}");
 
     server.kill();
     let second = server.second().await?;
