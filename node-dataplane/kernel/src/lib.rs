@@ -9,8 +9,10 @@
 #![allow(unsafe_code)] // the one crate that may; every block says why it is sound
 
 mod errno;
+pub mod exec;
 pub mod netlink;
 pub mod netns;
 pub mod nf_tables;
+pub mod sysctl;
 
 pub use errno::Errno;

@@ -1,0 +1,98 @@
+//! Sysctls: files under `/proc/sys`, read before they are written.
+//!
+//! Keys are paths: `net/ipv4/ip_forward`. What lies under `net/` is that of the network
+//! namespace of the calling thread.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A sysctl that could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("sysctl {key}: {doing}: {source}")]
+pub struct SysctlError {
+    /// The key.
+    pub key: String,
+    /// `read`, or what was to be written.
+    pub doing: String,
+    /// The cause.
+    #[source]
+    pub source: io::Error,
+}
+
+/// What [`ensure`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ensured {
+    /// It had the value already; nothing was written.
+    Kept,
+    /// It was written.
+    Written {
+        /// The value before.
+        before: String,
+    },
+    /// It has another value and `/proc/sys` is read-only, as in an unprivileged container.
+    ReadOnly {
+        /// The value that stays.
+        stays: String,
+    },
+}
+
+const ROOT: &str = "/proc/sys";
+
+/// The value, trimmed; `None` where this kernel has no such key.
+pub fn read(key: &str) -> Result<Option<String>, SysctlError> {
+    read_at(&Path::new(ROOT).join(key), key)
+}
+
+/// Makes the sysctl have this value.
+pub fn ensure(key: &str, value: &str) -> Result<Ensured, SysctlError> {
+    ensure_at(Path::new(ROOT).join(key), key, value)
+}
+
+fn read_at(path: &Path, key: &str) -> Result<Option<String>, SysctlError> {
+    match std::fs::read_to_string(path) {
+        Ok(value) => Ok(Some(value.trim().to_owned())),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(SysctlError { key: key.to_owned(), doing: "read".to_owned(), source }),
+    }
+}
+
+fn ensure_at(path: PathBuf, key: &str, value: &str) -> Result<Ensured, SysctlError> {
+    let failed = |source| SysctlError { key: key.to_owned(), doing: format!("write {value}"), source };
+    let before = read_at(&path, key)?.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    if before == value {
+        return Ok(Ensured::Kept);
+    }
+    match std::fs::write(&path, value) {
+        Ok(()) => Ok(Ensured::Written { before }),
+        Err(source) if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            Ok(Ensured::ReadOnly { stays: before })
+        }
+        Err(source) => Err(failed(source)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_before_it_writes() {
+        let path = std::env::temp_dir().join(format!("lockstep-sysctl-{}", std::process::id()));
+        std::fs::write(&path, "0\n").unwrap();
+        let ensure = |value| ensure_at(path.clone(), "a/b", value).unwrap();
+        assert_eq!(ensure("0"), Ensured::Kept);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "0\n", "an equal value is not written again");
+        assert_eq!(ensure("1"), Ensured::Written { before: "0".to_owned() });
+        assert_eq!(read_at(&path, "a/b").unwrap().as_deref(), Some("1"));
+        std::fs::remove_file(&path).unwrap();
+        let error = ensure_at(path.clone(), "a/b", "1").unwrap_err();
+        assert!(error.to_string().starts_with("sysctl a/b: write 1: "), "{error}");
+        assert_eq!(read_at(&path, "a/b").unwrap(), None);
+    }
+
+    #[test]
+    fn reads_the_kernel() {
+        assert!(read("kernel/ostype").unwrap().is_some_and(|value| value == "Linux"));
+        assert_eq!(read("lockstep/none").unwrap(), None);
+    }
+}
