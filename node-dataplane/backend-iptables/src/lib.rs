@@ -1,1 +1,37 @@
-//! lockstep-backend-iptables
+//! The iptables backend: a plan becomes chains of kube-proxy's names and shape.
+//!
+//! ```text
+//! ServicePlan ──render──> ServiceRules ──diff (memory, or iptables-save)──> Change
+//!                                                    │
+//!            iptables-restore --noflush <──input─────┘      iptables-save ──check──> Drift
+//! ```
+//!
+//! Rules are rendered in the very form in which `iptables-save` prints them, so comparing
+//! is comparing text. A change writes the chains of the Services it touches and single lines of
+//! the shared chains, never a shared chain as a whole.
+//!
+//! What is ours, also to a process that starts anew: in nat and filter the chains that
+//! kube-proxy makes (see `names`), and jumps from built-in chains into them. `KUBE-FIREWALL`,
+//! `KUBE-KUBELET-CANARY` and `KUBE-IPTABLES-HINT` are kubelet's and never touched.
+//!
+//! It does not know traffic policies, readiness or topology: it looks at the plan's actions
+//! only.
+#![forbid(unsafe_code)]
+
+mod backend;
+mod check;
+mod choose;
+mod cleanup;
+mod diff;
+mod family;
+mod fixed;
+mod input;
+mod names;
+mod observe;
+mod render;
+mod tool;
+mod watch;
+
+pub use backend::Iptables;
+pub use choose::{Choice, Unusable, detect, probe};
+pub use tool::{Flavour, ToolError};

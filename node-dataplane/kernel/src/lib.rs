@@ -14,5 +14,6 @@ pub mod netlink;
 pub mod netns;
 pub mod nf_tables;
 pub mod sysctl;
+pub mod xtables;
 
 pub use errno::Errno;

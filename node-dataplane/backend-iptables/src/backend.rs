@@ -1,0 +1,222 @@
+//! The [`Backend`]: both families side by side.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lockstep_kernel::exec::Run;
+use lockstep_kernel::sysctl;
+use lockstep_model::{Family, Feature, ServiceKey};
+use lockstep_view::ForwardingPlan;
+use lockstep_view::backend::{
+    Applied, Audit, Backend, BackendError, Description, Drift, FailureKind, ServiceFailure,
+};
+
+use crate::check;
+use crate::choose;
+use crate::cleanup::cleanup;
+use crate::family::FamilyState;
+use crate::tool::{Flavour, Tool, ToolError};
+use crate::watch::Watch;
+
+/// kube-proxy's chains, written through `iptables-restore`.
+pub struct Iptables {
+    flavour: Flavour,
+    version: String,
+    families: Vec<FamilyState>,
+    watch: Watch,
+    /// Families of this walk that are not audited yet.
+    unaudited: Vec<Family>,
+    /// Time that audits may still take.
+    credit: Duration,
+    /// What the last audit of a family took.
+    cost: Duration,
+}
+
+const LIBERAL: &str = "net/netfilter/nf_conntrack_tcp_be_liberal";
+
+impl Iptables {
+    /// Opens a flavour. IPv6 is left out where its tool does not work, and that is logged.
+    pub fn open(run: Arc<dyn Run>, flavour: Flavour) -> Result<Self, ToolError> {
+        let liberal = matches!(sysctl::read(LIBERAL), Ok(Some(value)) if value != "0");
+        let mut families = Vec::new();
+        let mut version = String::new();
+        for family in Family::ALL {
+            let tool = Tool::new(Arc::clone(&run), flavour, family);
+            match (choose::abilities(&tool), family) {
+                (Ok(abilities), _) => {
+                    if version.is_empty() {
+                        version = tool.version()?;
+                    }
+                    let features = [
+                        (Feature::Sctp, abilities.sctp),
+                        (Feature::SessionAffinity, abilities.recent),
+                        (Feature::LbProxyMode, true),
+                        (Feature::SourceRanges, true),
+                    ];
+                    let features = features.into_iter().filter_map(|(feature, can)| can.then_some(feature));
+                    families.push(FamilyState::new(tool, abilities, features.collect(), liberal));
+                }
+                (Err(error), Family::V4) => return Err(error),
+                (Err(error), Family::V6) => tracing::warn!(%error, "IPv4 only: ip6tables does not work"),
+            }
+        }
+        let watch = Watch::new(flavour);
+        let (unaudited, credit, cost) = (Vec::new(), Duration::ZERO, Duration::ZERO);
+        Ok(Self { flavour, version, families, watch, unaudited, credit, cost })
+    }
+
+    /// The flavour in use.
+    pub fn flavour(&self) -> Flavour {
+        self.flavour
+    }
+
+    /// Lets every family work at the same time; results in the families' order.
+    fn each<T: Send>(&mut self, work: impl Fn(&mut FamilyState) -> T + Sync) -> Vec<(Family, T)> {
+        let work = &work;
+        std::thread::scope(|scope| {
+            let running: Vec<_> = self
+                .families
+                .iter_mut()
+                .map(|state| (state.tool.family, scope.spawn(move || work(state))))
+                .collect();
+            running
+                .into_iter()
+                .map(|(family, thread)| match thread.join() {
+                    Ok(result) => (family, result),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                })
+                .collect()
+        })
+    }
+
+    /// One answer of the families' answers: an error only where nothing at all was written.
+    fn applied(
+        &self,
+        doing: &str,
+        plan: &ForwardingPlan,
+        changed: Option<&[ServiceKey]>,
+        results: Vec<(Family, Result<usize, ToolError>)>,
+    ) -> Result<Applied, BackendError> {
+        let mut failures: BTreeMap<ServiceKey, ServiceFailure> = BTreeMap::new();
+        for state in &self.families {
+            for (key, left) in &state.left_out {
+                failures.entry(key.clone()).or_insert_with(|| ServiceFailure {
+                    service: key.clone(),
+                    kind: left.kind,
+                    message: left.message.clone(),
+                    previous_in_force: left.previous_in_force,
+                });
+            }
+        }
+        let objects_changed = results.iter().filter_map(|(_, result)| result.as_ref().ok()).sum();
+        for (family, result) in results {
+            let Err(error) = result else { continue };
+            let doing = format!("iptables {} {family:?}: {doing}", self.flavour);
+            if objects_changed == 0 {
+                return Err(BackendError { doing, source: Box::new(error) });
+            }
+            // The other family is written: no Service of this one is as planned.
+            let state = self.families.iter().find(|state| state.tool.family == family);
+            let all: Vec<&ServiceKey> = match changed {
+                Some(keys) => keys.iter().collect(),
+                None => plan.services.keys().collect(),
+            };
+            for key in all {
+                if state.is_some_and(|state| state.concerned(plan, key)) {
+                    failures.entry(key.clone()).or_insert_with(|| ServiceFailure {
+                        service: key.clone(),
+                        kind: FailureKind::Kernel,
+                        message: format!("{doing}: {error}"),
+                        previous_in_force: state.is_some_and(|state| state.in_force.contains_key(key)),
+                    });
+                }
+            }
+        }
+        Ok(Applied { objects_changed, failures: failures.into_values().collect() })
+    }
+
+    fn failed(&self, family: Family, doing: &str, error: ToolError) -> BackendError {
+        let doing = format!("iptables {} {family:?}: {doing}", self.flavour);
+        BackendError { doing, source: Box::new(error) }
+    }
+}
+
+impl Backend for Iptables {
+    fn describe(&self) -> Description {
+        let can = |feature: &Feature| self.families.iter().all(|state| state.features.contains(feature));
+        let features = [Feature::Sctp, Feature::SessionAffinity, Feature::LbProxyMode, Feature::SourceRanges];
+        Description {
+            mode: "iptables",
+            version: format!("{} {}", self.flavour, self.version),
+            families: self.families.iter().map(|state| state.tool.family).collect(),
+            features: features.into_iter().filter(can).collect(),
+        }
+    }
+
+    fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {
+        let results = self.each(|state| state.sync(plan));
+        self.watch.settle();
+        self.applied("sync", plan, None, results)
+    }
+
+    fn apply(&mut self, plan: &ForwardingPlan, changed: &[ServiceKey]) -> Result<Applied, BackendError> {
+        let foreign = self.watch.look();
+        let results = self.each(|state| state.apply(plan, changed));
+        self.watch.settle();
+        if foreign {
+            self.watch.suspect();
+        }
+        self.applied("apply", plan, Some(changed), results)
+    }
+
+    fn verify(&mut self) -> Result<Vec<Drift>, BackendError> {
+        let results = self.each(|state| {
+            let saved = state.tool.save()?;
+            Ok(check::compare(state, &saved, state.touched.as_ref()))
+        });
+        let mut drift = Vec::new();
+        for (family, result) in results {
+            drift.extend(result.map_err(|error| self.failed(family, "read back", error))?);
+        }
+        Ok(drift)
+    }
+
+    fn disturbed(&mut self) -> Result<bool, BackendError> {
+        Ok(self.watch.look())
+    }
+
+    fn audit(&mut self, budget: Duration) -> Result<Audit, BackendError> {
+        // One family is read at once, whatever it costs; then the calls that follow pay for it.
+        self.credit += budget;
+        if self.credit < self.cost {
+            return Ok(Audit::default());
+        }
+        if self.unaudited.is_empty() {
+            self.unaudited = self.families.iter().map(|state| state.tool.family).rev().collect();
+        }
+        let Some(family) = self.unaudited.pop() else { return Ok(Audit::default()) };
+        let started = Instant::now();
+        let mut drift = Vec::new();
+        if let Some(state) = self.families.iter().find(|state| state.tool.family == family) {
+            let saved = state.tool.save().map_err(|error| self.failed(family, "audit", error))?;
+            drift = check::compare(state, &saved, None);
+        }
+        self.credit = Duration::ZERO;
+        self.cost = started.elapsed();
+        Ok(Audit { drift, completed: self.unaudited.is_empty() })
+    }
+
+    fn cleanup(&mut self) -> Result<usize, BackendError> {
+        let mut objects = 0;
+        for (family, result) in self.each(|state| {
+            state.terms = None;
+            state.in_force.clear();
+            cleanup(&state.tool)
+        }) {
+            objects += result.map_err(|error| self.failed(family, "cleanup", error))?;
+        }
+        self.watch.settle();
+        Ok(objects)
+    }
+}

@@ -1,0 +1,158 @@
+//! What should be there against what `iptables-save` prints: the read-back of `verify` and
+//! `audit`. Shares no code with the diff that writes.
+
+use std::collections::BTreeSet;
+
+use lockstep_model::{Family, ServiceKey};
+use lockstep_view::backend::Drift;
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use crate::diff::Kept;
+use crate::family::FamilyState;
+use crate::fixed::{self, Terms};
+use crate::names::{self, Shared, Table};
+use crate::observe::{self, Snapshot};
+
+/// Compares everything, or, where `only` is given, these Services and what all share.
+pub(crate) fn compare(state: &FamilyState, saved: &str, only: Option<&BTreeSet<ServiceKey>>) -> Vec<Drift> {
+    let Some(terms) = &state.terms else { return Vec::new() };
+    let snapshot = Snapshot::parse(saved);
+    let mut check = Check { snapshot: &snapshot, family: state.tool.family, drift: Vec::new() };
+    check.fixed(terms);
+    match only {
+        Some(keys) => check.some(state, keys),
+        None => check.all(state),
+    }
+    check.drift
+}
+
+struct Check<'a> {
+    snapshot: &'a Snapshot<'a>,
+    family: Family,
+    drift: Vec<Drift>,
+}
+
+impl Check<'_> {
+    fn report(&mut self, table: Table, chain: &str, fault: impl Into<String>) {
+        let tool = match self.family {
+            Family::V4 => "iptables",
+            Family::V6 => "ip6tables",
+        };
+        let object = format!("{tool} {} chain {chain}", table.name());
+        self.drift.push(Drift { object, fault: fault.into() });
+    }
+
+    fn chain(&mut self, table: Table, chain: &str, body: &str) {
+        match self.snapshot.body(table, chain) {
+            None => self.report(table, chain, "missing"),
+            Some(_) if !self.snapshot.has(table, chain, body) => self.report(table, chain, "rules differ"),
+            Some(_) => {}
+        }
+    }
+
+    fn fixed(&mut self, terms: &Terms) {
+        for (table, chain, body) in fixed::bodies(terms) {
+            self.chain(table, chain, &body);
+        }
+        for shared in Shared::ALL {
+            if self.snapshot.body(shared.table(), shared.chain()).is_none() {
+                self.report(shared.table(), shared.chain(), "missing");
+            }
+        }
+        for jumps in fixed::jumps() {
+            let found = self.snapshot.rules(jumps.table, jumps.chain);
+            let ours: Vec<String> = found
+                .into_iter()
+                .filter(|rule| fixed::is_our_jump(jumps.table, rule))
+                .map(observe::canonical)
+                .collect();
+            if ours != jumps.rules {
+                self.report(jumps.table, jumps.chain, "jumps differ");
+            }
+        }
+        let tail = fixed::services_tail(terms);
+        let rules = self.snapshot.rules(Table::Nat, Shared::Services.chain());
+        let end = rules.len().saturating_sub(tail.len());
+        if !rules[end..].iter().map(|rule| observe::canonical(rule)).eq(tail) {
+            self.report(Table::Nat, Shared::Services.chain(), "does not end in the jump to the node ports");
+        }
+    }
+
+    /// Every line of these Services, and nothing left of what they had.
+    fn some(&mut self, state: &FamilyState, keys: &BTreeSet<ServiceKey>) {
+        for chain in &state.gone {
+            if self.snapshot.body(Table::Nat, chain).is_some() {
+                self.report(Table::Nat, chain, "still there");
+            }
+        }
+        let mut lines: FxHashSet<(Shared, String)> = FxHashSet::default();
+        for key in keys {
+            let rules = state.rules_in_force(key);
+            for (chain, body) in &rules.chains {
+                self.chain(Table::Nat, chain, body);
+            }
+            for block in rules.blocks {
+                lines.extend(block.rules.into_iter().map(|rule| (block.chain, rule)));
+            }
+        }
+        let names: FxHashSet<String> =
+            keys.iter().filter(|key| !state.left_out.contains_key(*key)).map(ToString::to_string).collect();
+        for shared in Shared::ALL {
+            let mut surplus = 0;
+            for rule in self.snapshot.rules(shared.table(), shared.chain()) {
+                let named = observe::comment(rule).and_then(|text| text.split([':', ' ']).next());
+                let found = lines.remove(&(shared, observe::canonical(rule)));
+                surplus += usize::from(!found && named.is_some_and(|name| names.contains(name)));
+            }
+            let missing = lines.iter().filter(|(chain, _)| *chain == shared).count();
+            self.count(shared, missing, surplus);
+        }
+    }
+
+    fn count(&mut self, shared: Shared, missing: usize, surplus: usize) {
+        for (count, word) in [(missing, "missing"), (surplus, "too many")] {
+            if count > 0 {
+                self.report(shared.table(), shared.chain(), format!("{count} rules {word}"));
+            }
+        }
+    }
+
+    fn all(&mut self, state: &FamilyState) {
+        let kept = Kept::find(self.snapshot, state.left_out.keys());
+        let mut chains: FxHashSet<String> = FxHashSet::default();
+        let mut lines: FxHashMap<(Shared, String), usize> = FxHashMap::default();
+        let mut keys: Vec<&ServiceKey> = state.in_force.keys().collect();
+        keys.sort_unstable();
+        for key in keys {
+            let rules = state.rules_in_force(key);
+            for (chain, body) in rules.chains {
+                self.chain(Table::Nat, &chain, &body);
+                chains.insert(chain);
+            }
+            for block in rules.blocks {
+                for rule in block.rules {
+                    *lines.entry((block.chain, rule)).or_default() += 1;
+                }
+            }
+        }
+        for chain in self.snapshot.chains(Table::Nat).keys() {
+            let known = chains.contains(*chain) || kept.chains.contains(chain);
+            if names::is_service_chain(Table::Nat, chain) && !known {
+                self.report(Table::Nat, chain, "in no plan");
+            }
+        }
+        for shared in Shared::ALL {
+            let mut surplus = 0;
+            for rule in self.snapshot.rules(shared.table(), shared.chain()) {
+                let tail =
+                    shared == Shared::Services && observe::target(rule) == Some(Shared::NodePorts.chain());
+                match lines.get_mut(&(shared, observe::canonical(rule))) {
+                    Some(left) if *left > 0 => *left -= 1,
+                    _ => surplus += usize::from(!tail && !kept.lines.contains(rule)),
+                }
+            }
+            let missing = lines.iter().filter(|((chain, _), _)| *chain == shared).map(|(_, left)| left).sum();
+            self.count(shared, missing, surplus);
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! One family's half of the backend: its tool, what it wrote, what it had to leave out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use lockstep_model::{Feature, ServiceKey};
+use lockstep_view::backend::FailureKind;
+use lockstep_view::{ForwardingPlan, NodePlan, ServicePlan};
+use rustc_hash::FxHashMap;
+
+use crate::diff::{self, Kept, KernelDiff, Wanted};
+use crate::fixed::Terms;
+use crate::input::{Change, Input, Owner};
+use crate::observe::Snapshot;
+use crate::render::ServiceRules;
+use crate::tool::{Tool, ToolError};
+
+/// What the tool and the kernel can do for one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Abilities {
+    pub(crate) random_fully: bool,
+    pub(crate) recent: bool,
+    pub(crate) sctp: bool,
+}
+
+/// Why a Service is not in force as planned.
+#[derive(Debug, Clone)]
+pub(crate) struct LeftOut {
+    pub(crate) kind: FailureKind,
+    pub(crate) message: String,
+    pub(crate) previous_in_force: bool,
+}
+
+pub(crate) struct FamilyState {
+    pub(crate) tool: Tool,
+    pub(crate) abilities: Abilities,
+    pub(crate) features: Vec<Feature>,
+    pub(crate) liberal: bool,
+    /// `None` before the first complete sync.
+    pub(crate) terms: Option<Terms>,
+    pub(crate) in_force: FxHashMap<ServiceKey, Arc<ServicePlan>>,
+    pub(crate) left_out: BTreeMap<ServiceKey, LeftOut>,
+    /// Services whose write failed for a reason that is not theirs: written with the next.
+    owed: BTreeSet<ServiceKey>,
+    /// What the last write touched; `None` = everything.
+    pub(crate) touched: Option<BTreeSet<ServiceKey>>,
+    /// Chains that the last write deleted.
+    pub(crate) gone: Vec<String>,
+}
+
+impl FamilyState {
+    pub(crate) fn new(tool: Tool, abilities: Abilities, features: Vec<Feature>, liberal: bool) -> Self {
+        Self {
+            tool,
+            abilities,
+            features,
+            liberal,
+            terms: None,
+            in_force: FxHashMap::default(),
+            left_out: BTreeMap::new(),
+            owed: BTreeSet::new(),
+            touched: Some(BTreeSet::new()),
+            gone: Vec::new(),
+        }
+    }
+
+    pub(crate) fn terms(&self, node: &NodePlan) -> Terms {
+        Terms::new(self.tool.family, node, self.abilities.random_fully, self.liberal)
+    }
+
+    /// Rules that are in force for a Service, as far as this process knows.
+    pub(crate) fn rules_in_force(&self, key: &ServiceKey) -> ServiceRules {
+        match (self.in_force.get(key), &self.terms) {
+            (Some(plan), Some(terms)) => ServiceRules::render(plan, terms).unwrap_or_default(),
+            _ => ServiceRules::default(),
+        }
+    }
+
+    /// The rules a Service should have; an error where it cannot have them.
+    fn wanted(&self, plan: &ServicePlan, terms: &Terms) -> Result<ServiceRules, (FailureKind, String)> {
+        let lacking = plan.required_features.iter().find(|feature| !self.features.contains(feature));
+        if let Some(feature) = lacking {
+            return Err((
+                FailureKind::Unsupported,
+                format!("needs {feature:?}, which iptables cannot do here"),
+            ));
+        }
+        ServiceRules::render(plan, terms).map_err(|error| (FailureKind::Unsupported, error.to_string()))
+    }
+
+    fn leave_out(&mut self, key: &ServiceKey, kind: FailureKind, message: String, previous_in_force: bool) {
+        tracing::warn!(service = %key, %message, "left out");
+        self.left_out.insert(key.clone(), LeftOut { kind, message, previous_in_force });
+    }
+
+    /// Whole state. Returns the objects written.
+    pub(crate) fn sync(&mut self, plan: &ForwardingPlan) -> Result<usize, ToolError> {
+        let terms = self.terms(&plan.node);
+        self.in_force.clear();
+        self.left_out.clear();
+        self.owed.clear();
+        self.gone.clear();
+        self.touched = None;
+        self.terms = None;
+        let mut wanted = BTreeMap::new();
+        for (key, service) in &plan.services {
+            match self.wanted(service, &terms) {
+                Ok(new) => drop(wanted.insert(key.clone(), Wanted { new, old: ServiceRules::default() })),
+                Err((kind, message)) => self.leave_out(key, kind, message, false),
+            }
+        }
+        let mut owners: BTreeSet<Owner> = wanted.keys().cloned().map(Owner::Service).collect();
+        owners.insert(Owner::Nobody);
+        let mut pass = Pass { wanted, terms, full: true, objects: 0 };
+        self.settle(&mut pass, owners)?;
+        for key in pass.wanted.keys().filter(|key| !self.left_out.contains_key(*key)) {
+            self.in_force.insert(key.clone(), Arc::clone(&plan.services[key]));
+        }
+        self.terms = Some(pass.terms);
+        self.look_for_previous()?;
+        Ok(pass.objects)
+    }
+
+    /// Finds out what is there of Services that a sync had to leave out.
+    fn look_for_previous(&mut self) -> Result<(), ToolError> {
+        if self.left_out.is_empty() {
+            return Ok(());
+        }
+        let saved = self.tool.save()?;
+        let snapshot = Snapshot::parse(&saved);
+        for (key, left) in &mut self.left_out {
+            left.previous_in_force = !Kept::find(&snapshot, std::iter::once(key)).lines.is_empty();
+        }
+        Ok(())
+    }
+
+    /// Changed Services only. Returns the objects written.
+    pub(crate) fn apply(
+        &mut self,
+        plan: &ForwardingPlan,
+        changed: &[ServiceKey],
+    ) -> Result<usize, ToolError> {
+        let Some(terms) = self.terms.clone().filter(|terms| *terms == self.terms(&plan.node)) else {
+            return self.sync(plan);
+        };
+        let keys: BTreeSet<ServiceKey> =
+            changed.iter().cloned().chain(std::mem::take(&mut self.owed)).collect();
+        let mut wanted = BTreeMap::new();
+        for key in &keys {
+            let new = match plan.services.get(key).map(|service| self.wanted(service, &terms)) {
+                Some(Err((kind, message))) => {
+                    let previous = self.in_force.contains_key(key);
+                    self.leave_out(key, kind, message, previous);
+                    continue;
+                }
+                Some(Ok(new)) => new,
+                None => ServiceRules::default(),
+            };
+            self.left_out.remove(key);
+            wanted.insert(key.clone(), Wanted { new, old: self.rules_in_force(key) });
+        }
+        let mut pass = Pass { wanted, terms, full: false, objects: 0 };
+        let written = self.write(&mut pass);
+        if let Err(error) = written {
+            self.owed = keys;
+            return Err(error);
+        }
+        self.gone.clear();
+        for (key, wanted) in &pass.wanted {
+            if self.left_out.contains_key(key) {
+                continue;
+            }
+            let gone = wanted.old.chains.keys().filter(|chain| !wanted.new.chains.contains_key(*chain));
+            self.gone.extend(gone.cloned());
+            match plan.services.get(key) {
+                Some(service) => drop(self.in_force.insert(key.clone(), Arc::clone(service))),
+                None => drop(self.in_force.remove(key)),
+            }
+        }
+        self.touched = Some(keys);
+        Ok(pass.objects)
+    }
+
+    /// The short way: one restore from memory. What is refused goes the long way.
+    fn write(&mut self, pass: &mut Pass) -> Result<(), ToolError> {
+        let changes: Vec<Change> = pass
+            .wanted
+            .iter()
+            .map(|(key, wanted)| Change {
+                owner: Owner::Service(key.clone()),
+                ops: diff::against_memory(&wanted.old, &wanted.new),
+            })
+            .filter(|change| !change.ops.is_empty())
+            .collect();
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let input = Input::new(&changes);
+        match self.tool.restore(&input.text) {
+            Ok(()) => pass.objects += input.objects,
+            Err(error) if error.concerns_rules() => {
+                tracing::warn!(%error, "restore refused: looking for the Service");
+                self.settle(pass, changes.into_iter().map(|change| change.owner).collect())?;
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Compares with the kernel and writes the difference for `owners`; what is refused is
+    /// narrowed down to single owners, who are left out.
+    fn settle(&mut self, pass: &mut Pass, mut owners: BTreeSet<Owner>) -> Result<(), ToolError> {
+        loop {
+            let saved = self.tool.save()?;
+            let input = Input::new(&self.against_kernel(pass, &saved, &owners));
+            if input.objects == 0 {
+                return Ok(());
+            }
+            let error = match self.tool.restore(&input.text) {
+                Ok(()) => {
+                    pass.objects += input.objects;
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            let ToolError::Refused { complaint, line, .. } = &error else { return Err(error) };
+            let blamed = line
+                .and_then(|line| input.owner(line))
+                .filter(|owner| owners.contains(*owner))
+                .or(owners.first().filter(|_| owners.len() == 1))
+                .cloned();
+            match blamed {
+                Some(owner) => {
+                    owners.remove(&owner);
+                    self.refuse(pass, &owner, complaint);
+                }
+                None if owners.is_empty() => return Err(error),
+                None => {
+                    let mut first = owners;
+                    let middle = first.iter().nth(first.len() / 2).cloned();
+                    let second = middle.map(|middle| first.split_off(&middle)).unwrap_or_default();
+                    self.settle(pass, first)?;
+                    return self.settle(pass, second);
+                }
+            }
+        }
+    }
+
+    fn refuse(&mut self, pass: &Pass, owner: &Owner, complaint: &str) {
+        let Owner::Service(key) = owner else {
+            tracing::warn!(complaint, "leftovers cannot be removed");
+            return;
+        };
+        let lower = complaint.to_lowercase();
+        let kind =
+            match ["memory", "no buffer space", "too many open"].iter().any(|word| lower.contains(word)) {
+                true => FailureKind::Resources,
+                false => FailureKind::Kernel,
+            };
+        let previous = pass.wanted.get(key).is_some_and(|wanted| !wanted.old.is_empty());
+        self.leave_out(key, kind, complaint.to_owned(), previous);
+    }
+
+    fn against_kernel(&self, pass: &Pass, saved: &str, owners: &BTreeSet<Owner>) -> Vec<Change> {
+        let snapshot = Snapshot::parse(saved);
+        let kept = Kept::find(&snapshot, self.left_out.keys());
+        let mut diff = KernelDiff::new(&snapshot, &pass.terms, kept);
+        let all_here = owners.len() > pass.wanted.len();
+        if pass.full && all_here {
+            diff.choose_rewrites(&pass.wanted);
+        }
+        let mut changes = vec![diff.everybody()];
+        for (key, wanted) in &pass.wanted {
+            if owners.contains(&Owner::Service(key.clone())) {
+                changes.push(diff.service(key, wanted));
+            }
+        }
+        if owners.contains(&Owner::Nobody) {
+            changes.push(diff.nobody(&pass.wanted));
+        }
+        changes
+    }
+
+    /// Names services that changed and could not be written, because the family's tool failed.
+    pub(crate) fn concerned(&self, plan: &ForwardingPlan, key: &ServiceKey) -> bool {
+        let family = self.tool.family;
+        self.in_force.contains_key(key)
+            || plan.services.get(key).is_some_and(|plan| plan.ports.iter().any(|port| port.family == family))
+    }
+}
+
+/// One pass over some or all Services.
+struct Pass {
+    wanted: BTreeMap<ServiceKey, Wanted>,
+    terms: Terms,
+    /// All Services of the plan, and leftovers too.
+    full: bool,
+    objects: usize,
+}

@@ -1,0 +1,165 @@
+//! What is there whatever Services there are: jumps from the built-in chains, and the chains
+//! that are the same for every Service.
+
+use std::fmt::Write;
+use std::net::IpAddr;
+
+use lockstep_model::Family;
+use lockstep_view::{NodePlan, NodePortScope, PodSources};
+
+use crate::names::{self, Shared, Table};
+
+/// What differs between hosts in the rules of one family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Terms {
+    pub(crate) family: Family,
+    pub(crate) mark: u32,
+    /// Sources that are pods.
+    pub(crate) pods: Vec<String>,
+    pub(crate) scope: Scope,
+    /// The tool and the kernel know `MASQUERADE --random-fully`.
+    pub(crate) random_fully: bool,
+    /// The kernel lets TCP packets that its tracker does not understand pass.
+    pub(crate) liberal: bool,
+}
+
+/// [`NodePortScope`] of one family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Scope {
+    AllLocal,
+    Addresses(Vec<IpAddr>),
+}
+
+impl Terms {
+    pub(crate) fn new(family: Family, node: &NodePlan, random_fully: bool, liberal: bool) -> Self {
+        let pods = match &node.pods {
+            Some(PodSources::Cidrs(cidrs)) => cidrs
+                .iter()
+                .filter(|cidr| Family::of(cidr.addr()) == family)
+                .map(|cidr| cidr.trunc().to_string())
+                .collect(),
+            None => Vec::new(),
+        };
+        let scope = match node.node_ports(family) {
+            NodePortScope::AllLocal => Scope::AllLocal,
+            NodePortScope::Addresses(all) => Scope::Addresses(
+                all.iter().copied().filter(|ip| Family::of(*ip) == family && !ip.is_loopback()).collect(),
+            ),
+        };
+        Self { family, mark: node.masquerade_mark, pods, scope, random_fully, liberal }
+    }
+
+    /// The destination match of node ports, one per rule that is needed: what goes before
+    /// `-p`, and what goes after the comment.
+    pub(crate) fn node_port_matches(&self) -> Vec<(String, &'static str)> {
+        match (&self.scope, self.family) {
+            (Scope::AllLocal, Family::V4) => {
+                vec![("! -d 127.0.0.0/8 ".to_owned(), "-m addrtype --dst-type LOCAL ")]
+            }
+            (Scope::AllLocal, Family::V6) => {
+                vec![("! -d ::1/128 ".to_owned(), "-m addrtype --dst-type LOCAL ")]
+            }
+            (Scope::Addresses(all), _) => all.iter().map(|ip| (format!("-d {} ", host(*ip)), "")).collect(),
+        }
+    }
+}
+
+/// An address as the tools write a host: `10.0.0.1/32`.
+pub(crate) fn host(ip: IpAddr) -> String {
+    match ip {
+        IpAddr::V4(_) => format!("{ip}/32"),
+        IpAddr::V6(_) => format!("{ip}/128"),
+    }
+}
+
+const NEW: &str = "-m conntrack --ctstate NEW ";
+
+/// Jumps from one built-in chain, in order. kube-proxy does not hook its external refusals into
+/// OUTPUT, so there the node's own connections to a refused address leave the node; the plan
+/// says that they are refused.
+pub(crate) struct Jumps {
+    pub(crate) table: Table,
+    pub(crate) chain: &'static str,
+    pub(crate) rules: Vec<String>,
+}
+
+pub(crate) fn jumps() -> Vec<Jumps> {
+    let jump =
+        |state: &str, comment: &str, to: &str| format!("{state}-m comment --comment \"{comment}\" -j {to}");
+    let firewall = jump(NEW, "kubernetes load balancer firewall", Shared::Firewall.chain());
+    let health = jump("", "kubernetes health check service ports", Shared::HealthChecks.chain());
+    let external =
+        jump(NEW, "kubernetes externally-visible service portals", Shared::RefusedExternal.chain());
+    let refused = jump(NEW, "kubernetes service portals", Shared::Refused.chain());
+    let forward = jump("", "kubernetes forwarding rules", names::FORWARD);
+    let services = jump("", "kubernetes service portals", Shared::Services.chain());
+    let postrouting = jump("", "kubernetes postrouting rules", names::POSTROUTING);
+    let at = |table, chain, rules| Jumps { table, chain, rules };
+    vec![
+        at(Table::Filter, "INPUT", vec![firewall.clone(), health, external.clone()]),
+        at(Table::Filter, "FORWARD", vec![firewall.clone(), forward, refused.clone(), external.clone()]),
+        at(Table::Filter, "OUTPUT", vec![firewall, refused, external]),
+        at(Table::Nat, "PREROUTING", vec![services.clone()]),
+        at(Table::Nat, "OUTPUT", vec![services]),
+        at(Table::Nat, "POSTROUTING", vec![postrouting]),
+    ]
+}
+
+/// True for a rule of a built-in chain that leads into a fixed chain of ours.
+pub(crate) fn is_our_jump(table: Table, rule: &str) -> bool {
+    rule.rsplit_once("-j ").is_some_and(|(_, target)| names::is_fixed_chain(table, target.trim_end()))
+}
+
+/// A fixed chain that no Service has lines in: name and its rules, with `-A NAME` before each.
+pub(crate) fn bodies(terms: &Terms) -> Vec<(Table, &'static str, String)> {
+    let mark = terms.mark;
+    let mut forward = String::new();
+    if !terms.liberal {
+        line(&mut forward, names::FORWARD, "-m conntrack --ctstate INVALID -j DROP");
+    }
+    line(
+        &mut forward,
+        names::FORWARD,
+        &format!(
+            "-m comment --comment \"kubernetes forwarding rules\" -m mark --mark {mark:#x}/{mark:#x} -j ACCEPT"
+        ),
+    );
+    line(
+        &mut forward,
+        names::FORWARD,
+        "-m comment --comment \"kubernetes forwarding conntrack rule\" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+    );
+    let mut masquerade = String::new();
+    line(&mut masquerade, names::MARK_MASQ, &format!("-j MARK --set-xmark {mark:#x}/{mark:#x}"));
+    let mut postrouting = String::new();
+    line(&mut postrouting, names::POSTROUTING, &format!("-m mark ! --mark {mark:#x}/{mark:#x} -j RETURN"));
+    // Cleared first, so that an encapsulated packet that passes here again is not changed twice.
+    line(&mut postrouting, names::POSTROUTING, &format!("-j MARK --set-xmark {mark:#x}/0x0"));
+    let random = if terms.random_fully { " --random-fully" } else { "" };
+    line(
+        &mut postrouting,
+        names::POSTROUTING,
+        &format!("-m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE{random}"),
+    );
+    vec![
+        (Table::Filter, names::FORWARD, forward),
+        (Table::Nat, names::MARK_MASQ, masquerade),
+        (Table::Nat, names::POSTROUTING, postrouting),
+    ]
+}
+
+/// The last lines of nat KUBE-SERVICES.
+pub(crate) fn services_tail(terms: &Terms) -> Vec<String> {
+    const COMMENT: &str = "-m comment --comment \"kubernetes service nodeports; NOTE: this must be the last rule in this chain\"";
+    let chain = Shared::NodePorts.chain();
+    terms
+        .node_port_matches()
+        .into_iter()
+        .map(|(before, after)| format!("{before}{COMMENT} {after}-j {chain}"))
+        .collect()
+}
+
+/// Appends `-A CHAIN RULE`.
+pub(crate) fn line(body: &mut String, chain: &str, rule: &str) {
+    let _ = writeln!(body, "-A {chain} {rule}");
+}

@@ -1,0 +1,187 @@
+//! What `iptables-save` prints, read without copying: chain -> its rules as one piece of text.
+//!
+//! Rules are compared as text first. Only what differs is put into one spelling, because
+//! versions and flavours of the tool print some options differently.
+
+use std::collections::BTreeMap;
+
+use crate::names::Table;
+use crate::render::print_probability;
+
+/// Chains of the two tables.
+#[derive(Debug, Default)]
+pub(crate) struct Snapshot<'a> {
+    filter: BTreeMap<&'a str, &'a str>,
+    nat: BTreeMap<&'a str, &'a str>,
+}
+
+impl<'a> Snapshot<'a> {
+    /// Reads the output of `iptables-save`; tables other than ours are passed over.
+    pub(crate) fn parse(text: &'a str) -> Self {
+        let mut snapshot = Self::default();
+        let mut table = None;
+        let mut offset = 0;
+        // The run of rules that is being read: chain, where it began.
+        let mut run: Option<(&'a str, usize)> = None;
+        for line in text.split_inclusive('\n') {
+            let (start, end) = (offset, offset + line.len());
+            offset = end;
+            let chain = line.strip_prefix("-A ").and_then(|rest| rest.split([' ', '\n']).next());
+            if let (Some(table), Some((name, begin))) = (table, run)
+                && chain != Some(name)
+            {
+                snapshot.of_mut(table).insert(name, &text[begin..start]);
+                run = None;
+            }
+            if let Some(chain) = chain {
+                run = run.or(table.map(|_| (chain, start)));
+            } else if let Some(name) = line.strip_prefix('*') {
+                table = Table::ALL.into_iter().find(|table| table.name() == name.trim_end());
+            } else if let (Some(declared), Some(table)) = (line.strip_prefix(':'), table) {
+                let name = declared.split(' ').next().unwrap_or(declared);
+                snapshot.of_mut(table).entry(name).or_insert("");
+            }
+        }
+        snapshot
+    }
+
+    fn of_mut(&mut self, table: Table) -> &mut BTreeMap<&'a str, &'a str> {
+        match table {
+            Table::Filter => &mut self.filter,
+            Table::Nat => &mut self.nat,
+        }
+    }
+
+    /// All chains of a table.
+    pub(crate) fn chains(&self, table: Table) -> &BTreeMap<&'a str, &'a str> {
+        match table {
+            Table::Filter => &self.filter,
+            Table::Nat => &self.nat,
+        }
+    }
+
+    /// The rules of a chain with `-A NAME` before each; `None` = no such chain.
+    pub(crate) fn body(&self, table: Table, chain: &str) -> Option<&'a str> {
+        self.chains(table).get(chain).copied()
+    }
+
+    /// The rules of a chain without `-A NAME`, as printed.
+    pub(crate) fn rules(&self, table: Table, chain: &str) -> Vec<&'a str> {
+        self.body(table, chain).unwrap_or("").lines().map(without_chain).collect()
+    }
+
+    /// True where the chain has exactly these rules.
+    pub(crate) fn has(&self, table: Table, chain: &str, body: &str) -> bool {
+        self.body(table, chain).is_some_and(|found| found == body || same(found, body))
+    }
+}
+
+fn without_chain(line: &str) -> &str {
+    line.splitn(3, ' ').nth(2).unwrap_or("")
+}
+
+fn same(found: &str, rendered: &str) -> bool {
+    found.lines().count() == rendered.lines().count()
+        && found.lines().zip(rendered.lines()).all(|(a, b)| a == b || canonical(a) == b)
+}
+
+/// A rule in the spelling that [`render`](crate::render) uses.
+pub(crate) fn canonical(rule: &str) -> String {
+    let words = words(rule);
+    let mut out: Vec<String> = Vec::with_capacity(words.len());
+    let mut option = "";
+    for word in &words {
+        let written = match option {
+            "--comment" => format!("\"{}\"", word.trim_matches('"')),
+            "--probability" => word.parse().map_or_else(|_| (*word).to_owned(), print_probability),
+            "-p" => match *word {
+                "6" => "tcp".to_owned(),
+                "17" => "udp".to_owned(),
+                "132" => "sctp".to_owned(),
+                name => name.to_owned(),
+            },
+            "-s" | "-d" if !word.contains('/') => {
+                format!("{word}/{}", if word.contains(':') { 128 } else { 32 })
+            }
+            "--or-mark" => format!("{word}/{word}"),
+            "--xor-mark" => format!("{word}/0x0"),
+            _ => (*word).to_owned(),
+        };
+        out.push(match written.as_str() {
+            "--or-mark" | "--xor-mark" => "--set-xmark".to_owned(),
+            _ => written,
+        });
+        option = word;
+    }
+    out.join(" ")
+}
+
+/// Words of a rule; a quoted text is one word with its quotes.
+fn words(rule: &str) -> Vec<&str> {
+    let mut words = Vec::new();
+    let mut rest = rule.trim();
+    while !rest.is_empty() {
+        let end = match rest.strip_prefix('"') {
+            Some(quoted) => quoted.find('"').map_or(rest.len(), |at| at + 2),
+            None => rest.find(' ').unwrap_or(rest.len()),
+        };
+        words.push(&rest[..end]);
+        rest = rest[end..].trim_start();
+    }
+    words
+}
+
+/// The comment of a rule.
+pub(crate) fn comment(rule: &str) -> Option<&str> {
+    let words = words(rule);
+    let at = words.iter().position(|word| *word == "--comment")?;
+    words.get(at + 1).map(|word| word.trim_matches('"'))
+}
+
+/// The chain or target a rule leads to.
+pub(crate) fn target(rule: &str) -> Option<&str> {
+    let words = words(rule);
+    let at = words.iter().position(|word| matches!(*word, "-j" | "-g"))?;
+    words.get(at + 1).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAVED: &str = "# Generated\n*mangle\n:KUBE-KUBELET-CANARY - [0:0]\n-A X -j Y\nCOMMIT\n*nat\n:PREROUTING ACCEPT [12:34]\n\
+        :A - [0:0]\n:B - [0:0]\n-A A -j B\n-A A -p tcp -j RETURN\n-A B -j RETURN\nCOMMIT\n# Completed\n";
+
+    #[test]
+    fn chains_are_pieces_of_the_text() {
+        let snapshot = Snapshot::parse(SAVED);
+        assert_eq!(snapshot.body(Table::Nat, "A"), Some("-A A -j B\n-A A -p tcp -j RETURN\n"));
+        assert_eq!(snapshot.body(Table::Nat, "B"), Some("-A B -j RETURN\n"));
+        assert_eq!(snapshot.body(Table::Nat, "PREROUTING"), Some(""));
+        assert_eq!(snapshot.body(Table::Nat, "X"), None, "another table's chain");
+        assert!(snapshot.chains(Table::Filter).is_empty());
+        assert_eq!(snapshot.rules(Table::Nat, "A"), ["-j B", "-p tcp -j RETURN"]);
+    }
+
+    #[test]
+    fn other_spellings_are_the_same_rule() {
+        for (printed, ours) in [
+            (
+                "-s 10.0.0.1 -p 6 -m comment --comment abc -j X",
+                "-s 10.0.0.1/32 -p tcp -m comment --comment \"abc\" -j X",
+            ),
+            ("--probability 0.3333333333 -j X", "--probability 0.33333333349 -j X"),
+            ("-j MARK --or-mark 0x4000", "-j MARK --set-xmark 0x4000/0x4000"),
+            ("-j MARK --xor-mark 0x4000", "-j MARK --set-xmark 0x4000/0x0"),
+            (
+                "-d fd00::1 -m comment --comment \"a b\" -j X",
+                "-d fd00::1/128 -m comment --comment \"a b\" -j X",
+            ),
+        ] {
+            assert_eq!(canonical(printed), ours);
+            assert_eq!(canonical(ours), ours);
+        }
+        assert_eq!(comment("-m comment --comment \"a b\" -j X"), Some("a b"));
+        assert_eq!(target("-m comment --comment \"x -j Z\" -j X"), Some("X"));
+    }
+}

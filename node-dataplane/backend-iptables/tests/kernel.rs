@@ -1,0 +1,349 @@
+//! The backend against the real tools, in network namespaces that end with each test. Needs
+//! root and iptables; fails without.
+#![allow(clippy::unwrap_used)] // what a test needs it states with unwrap
+
+use std::net::IpAddr;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lockstep_backend_iptables::{Flavour, Iptables, detect, probe};
+use lockstep_kernel::exec::{ExecError, Output, Processes, Run};
+use lockstep_kernel::netns;
+use lockstep_model::{Family, Port, Protocol, ServiceKey};
+use lockstep_view::backend::Backend;
+use lockstep_view::{
+    Action, ForwardingPlan, Frontend, NodePlan, NodePortScope, PodSources, Pool, PortPlan, ServicePlan,
+    Surface, Target,
+};
+
+/// The real programs; remembers what was fed to restore.
+#[derive(Default)]
+struct Recorder(Mutex<Vec<String>>);
+
+impl Run for Recorder {
+    fn run(
+        &self,
+        program: &str,
+        arguments: &[&str],
+        stdin: &[u8],
+        limit: Duration,
+    ) -> Result<Output, ExecError> {
+        if !stdin.is_empty() {
+            self.0.lock().unwrap().push(String::from_utf8(stdin.to_vec()).unwrap());
+        }
+        Processes.run(program, arguments, stdin, limit)
+    }
+}
+
+impl Recorder {
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+fn everywhere(test: impl Fn(Flavour) + Sync) {
+    for flavour in Flavour::ALL {
+        netns::run_in_new(|| {
+            sh("ip link set lo up");
+            test(flavour);
+        })
+        .expect("these tests make network namespaces and need root");
+    }
+}
+
+fn sh(command: &str) -> String {
+    let output = Command::new("sh").args(["-ec", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Everything in both families, without what changes by itself.
+fn saved(flavour: Flavour) -> String {
+    let all = sh(&format!("iptables-{flavour}-save; ip6tables-{flavour}-save"));
+    all.lines().filter(|line| !line.starts_with('#')).map(|line| format!("{line}\n")).collect()
+}
+
+fn open(flavour: Flavour) -> (Iptables, Arc<Recorder>) {
+    let recorder = Arc::new(Recorder::default());
+    let backend = Iptables::open(recorder.clone() as Arc<dyn Run>, flavour).unwrap();
+    recorder.take();
+    (backend, recorder)
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn port(number: u16) -> Port {
+    Port::new(number).unwrap()
+}
+
+const CLUSTER: Action = Action::Forward { pool: Pool::Cluster, masquerade: false };
+const CLUSTER_MASQUERADED: Action = Action::Forward { pool: Pool::Cluster, masquerade: true };
+
+fn frontend(surface: Surface, number: u16, actions: [Action; 3]) -> Frontend {
+    let [from_pod, from_node, from_elsewhere] = actions;
+    Frontend { surface, port: port(number), from_pod, from_node, from_elsewhere, allowed_sources: None }
+}
+
+/// A Service with a cluster IP and a node port in both families.
+fn service(name: &str, index: u16, endpoints: u8) -> ServicePlan {
+    let ports = Family::ALL
+        .into_iter()
+        .map(|family| {
+            let (high, low) = (index >> 8, index & 255);
+            let (vip, prefix) = match family {
+                Family::V4 => (format!("10.96.{high}.{low}"), format!("10.244.{low}.")),
+                Family::V6 => (format!("fd00:96::{index:x}"), format!("fd00:244::{index:x}:")),
+            };
+            let target = |last| Target { address: ip(&format!("{prefix}{last}")), port: port(8080) };
+            let actions = match endpoints {
+                0 => [Action::Reject; 3],
+                _ => [CLUSTER, CLUSTER_MASQUERADED, CLUSTER_MASQUERADED],
+            };
+            let outside = if endpoints == 0 { Action::Reject } else { CLUSTER_MASQUERADED };
+            PortPlan {
+                family,
+                protocol: Protocol::Tcp,
+                port: port(80),
+                name: "http".into(),
+                cluster: (1..=endpoints).map(target).collect(),
+                local: Vec::new(),
+                hairpin: Vec::new(),
+                frontends: vec![
+                    frontend(Surface::ClusterIp(ip(&vip)), 80, actions),
+                    frontend(Surface::NodePort, 30000 + index, [outside; 3]),
+                ],
+                affinity_seconds: None,
+            }
+        })
+        .collect();
+    ServicePlan {
+        key: ServiceKey::new("default", name),
+        ports,
+        required_features: Vec::new(),
+        health_check: None,
+        conflicts: Vec::new(),
+    }
+}
+
+fn plan(services: impl IntoIterator<Item = ServicePlan>) -> ForwardingPlan {
+    let cidrs = ["10.244.0.0/16", "fd00:244::/32"].map(|cidr| cidr.parse().unwrap());
+    let node = NodePlan {
+        pods: Some(PodSources::Cidrs(cidrs.into())),
+        node_ports_v4: NodePortScope::AllLocal,
+        node_ports_v6: NodePortScope::AllLocal,
+        masquerade_mark: 0x4000,
+    };
+    let services = services.into_iter().map(|service| (service.key.clone(), Arc::new(service))).collect();
+    ForwardingPlan { node, services }
+}
+
+fn set(plan: &mut ForwardingPlan, service: ServicePlan) -> [ServiceKey; 1] {
+    let key = service.key.clone();
+    plan.services.insert(key.clone(), Arc::new(service));
+    [key]
+}
+
+fn three() -> ForwardingPlan {
+    plan([service("a", 1, 3), service("b", 2, 0), service("nginx-basic", 3, 1)])
+}
+
+const FOREIGN: &str = "for t in iptables ip6tables; do
+    $t-FLAVOUR -N KUBE-FIREWALL
+    $t-FLAVOUR -A KUBE-FIREWALL -m mark --mark 0x8000/0x8000 -j DROP
+    $t-FLAVOUR -A INPUT -j KUBE-FIREWALL
+    $t-FLAVOUR -t nat -N CNI-MINE
+    $t-FLAVOUR -t nat -A POSTROUTING -m comment --comment mine -j CNI-MINE
+    $t-FLAVOUR -t mangle -N KUBE-KUBELET-CANARY
+    done";
+
+fn foreign(flavour: Flavour) -> String {
+    sh(&FOREIGN.replace("FLAVOUR", flavour.name()));
+    saved(flavour)
+}
+
+#[test]
+fn a_new_process_adopts_what_is_there() {
+    everywhere(|flavour| {
+        let plan = three();
+        let (mut backend, recorder) = open(flavour);
+        let applied = backend.sync(&plan).unwrap();
+        assert!(applied.objects_changed > 0 && applied.failures.is_empty(), "{applied:?}");
+        assert_eq!(recorder.take().len(), 2, "one restore per family");
+        assert_eq!(backend.verify().unwrap(), []);
+        let text = saved(flavour);
+        assert!(text.contains(":KUBE-SVC-WWRFY3PZ7W3FGMQW - "), "{text}");
+
+        let (mut next, recorder) = open(flavour);
+        assert_eq!(next.sync(&plan).unwrap().objects_changed, 0);
+        assert_eq!(recorder.take(), Vec::<String>::new(), "equal state is not written");
+        assert_eq!(saved(flavour), text);
+    });
+}
+
+#[test]
+fn a_change_made_while_down_is_the_only_difference() {
+    everywhere(|flavour| {
+        let mut plan = three();
+        open(flavour).0.sync(&plan).unwrap();
+        set(&mut plan, service("a", 1, 4));
+        plan.services.remove(&ServiceKey::new("default", "b"));
+        let (mut next, recorder) = open(flavour);
+        next.sync(&plan).unwrap();
+        for input in recorder.take() {
+            assert!(!input.contains("nginx-basic"), "{input}");
+            assert!(input.contains("default/b:http has no endpoints"), "{input}");
+        }
+        assert_eq!(next.verify().unwrap(), []);
+        let adopted = saved(flavour);
+        next.cleanup().unwrap();
+        next.sync(&plan).unwrap();
+        let sorted = |text: &str| {
+            let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+            lines.sort_unstable();
+            lines
+        };
+        assert_eq!(sorted(&saved(flavour)), sorted(&adopted), "as if written at once");
+    });
+}
+
+#[test]
+fn foreign_rules_stay_and_cleanup_leaves_nothing() {
+    everywhere(|flavour| {
+        let before = foreign(flavour);
+        let (mut backend, _) = open(flavour);
+        let mut plan = three();
+        backend.sync(&plan).unwrap();
+        let changed = set(&mut plan, service("c", 9, 2));
+        backend.apply(&plan, &changed).unwrap();
+        assert_eq!(backend.verify().unwrap(), []);
+        assert!(backend.cleanup().unwrap() > 0);
+        assert_eq!(saved(flavour), before);
+        assert_eq!(backend.cleanup().unwrap(), 0);
+    });
+}
+
+#[test]
+fn one_poisoned_service_hurts_nobody_else() {
+    everywhere(|flavour| {
+        let (mut backend, _) = open(flavour);
+        let mut plan = three();
+        backend.sync(&plan).unwrap();
+        // The tools refuse a timeout of 0.
+        let mut poison = service("poison", 7, 2);
+        poison.ports[0].affinity_seconds = Some(0);
+        let mut changed: Vec<ServiceKey> = set(&mut plan, poison).into();
+        changed.extend(set(&mut plan, service("d", 8, 2)));
+        changed.extend(set(&mut plan, service("a", 1, 5)));
+        let applied = backend.apply(&plan, &changed).unwrap();
+        let failed: Vec<&ServiceKey> = applied.failures.iter().map(|failure| &failure.service).collect();
+        assert_eq!(failed, [&changed[0]], "{:?}", applied.failures);
+        assert!(!applied.failures[0].previous_in_force);
+        assert_eq!(backend.verify().unwrap(), []);
+        let text = saved(flavour);
+        assert!(text.contains("default/d:http cluster IP") && text.contains("10.244.1.5:8080"), "{text}");
+
+        let (mut next, recorder) = open(flavour);
+        let applied = next.sync(&plan).unwrap();
+        assert_eq!((applied.objects_changed, applied.failures.len()), (0, 1), "{:?}", recorder.take());
+        assert_eq!(saved(flavour), text);
+    });
+}
+
+#[test]
+fn a_chain_that_somebody_else_uses_is_left_to_them() {
+    everywhere(|flavour| {
+        let (mut backend, _) = open(flavour);
+        let mut plan = three();
+        backend.sync(&plan).unwrap();
+        let mine = format!("iptables-{flavour} -t nat -A PREROUTING -j KUBE-SVC-WWRFY3PZ7W3FGMQW");
+        sh(&mine);
+        let mut changed = vec![ServiceKey::new("default", "nginx-basic")];
+        plan.services.remove(&changed[0]);
+        changed.extend(set(&mut plan, service("d", 8, 2)));
+        let applied = backend.apply(&plan, &changed).unwrap();
+        assert_eq!(applied.failures.len(), 1, "{:?}", applied.failures);
+        assert_eq!(applied.failures[0].service, changed[0]);
+        assert!(applied.failures[0].previous_in_force);
+        assert!(saved(flavour).contains("10.244.3.1:8080"), "still whole");
+        assert!(saved(flavour).contains("default/d:http cluster IP"), "the other is there");
+        sh(&mine.replace("-A", "-D"));
+        let applied = backend.sync(&plan).unwrap();
+        assert_eq!(applied.failures, []);
+        assert!(!saved(flavour).contains("nginx-basic"));
+        assert_eq!(backend.verify().unwrap(), []);
+    });
+}
+
+#[test]
+fn drift_is_found_and_mended() {
+    everywhere(|flavour| {
+        let (mut backend, _) = open(flavour);
+        let plan = three();
+        backend.sync(&plan).unwrap();
+        let whole = saved(flavour);
+        assert!(!backend.disturbed().unwrap(), "our own write is no disturbance");
+        for damage in [
+            "iptables-FLAVOUR -t nat -F KUBE-SVC-WWRFY3PZ7W3FGMQW",
+            "ip6tables-FLAVOUR -t nat -F",
+            "iptables-FLAVOUR -D FORWARD 1",
+            "iptables-FLAVOUR -t nat -A KUBE-SERVICES -j RETURN",
+            "ip6tables-FLAVOUR -F KUBE-SERVICES",
+        ] {
+            sh(&damage.replace("FLAVOUR", flavour.name()));
+            assert!(backend.disturbed().unwrap(), "{damage}");
+            let mut drift = Vec::new();
+            loop {
+                let audit = backend.audit(Duration::from_secs(1)).unwrap();
+                drift.extend(audit.drift);
+                if audit.completed {
+                    break;
+                }
+            }
+            assert!(!drift.is_empty(), "{damage}");
+            assert!(backend.sync(&plan).unwrap().objects_changed > 0, "{damage}");
+            assert_eq!(backend.verify().unwrap(), [], "{damage}");
+        }
+        assert_eq!(saved(flavour), whole);
+    });
+}
+
+#[test]
+fn input_is_as_large_as_the_change() {
+    everywhere(|flavour| {
+        let sizes = [100, 2000].map(|count| {
+            let (mut backend, recorder) = open(flavour);
+            let services = (0..count).map(|index| service(&format!("s{index:04}"), index + 1, 2));
+            let mut plan = plan(services);
+            backend.sync(&plan).unwrap();
+            recorder.take();
+            let changed = set(&mut plan, service("s0050", 51, 3));
+            backend.apply(&plan, &changed).unwrap();
+            let bytes: usize = recorder.take().iter().map(String::len).sum();
+            backend.cleanup().unwrap();
+            bytes
+        });
+        assert_eq!(sizes[0], sizes[1]);
+        assert!(sizes[0] < 6_000, "{sizes:?}");
+    });
+}
+
+#[test]
+fn the_flavour_in_use_is_taken() {
+    netns::run_in_new(|| {
+        let run: Arc<dyn Run> = Arc::new(Processes);
+        for flavour in Flavour::ALL {
+            probe(&run, flavour).unwrap();
+        }
+        assert_eq!(saved(Flavour::Nft).matches("LOCKSTEP").count(), 0);
+        sh("iptables-legacy -A INPUT -j ACCEPT");
+        assert_eq!(detect(&run).unwrap().flavour, Flavour::Legacy);
+        sh("iptables-nft -t mangle -N KUBE-IPTABLES-HINT");
+        let choice = detect(&run).unwrap();
+        assert_eq!(choice.flavour, Flavour::Nft);
+        assert_eq!(choice.reason, "kubelet's hint chains are in nft");
+    })
+    .expect("these tests make network namespaces and need root");
+}
