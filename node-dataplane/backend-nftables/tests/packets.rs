@@ -125,9 +125,11 @@ fn on_node(plan: &ForwardingPlan, test: impl FnOnce(&World, &mut Nftables) + Sen
             pod2: Namespace::linked("pod2", "10.244.2", "fd00:10:244:2"),
             client: Namespace::linked("client", "192.168.9", "fd00:9"),
         };
-        // As on every node: without a route there, it would not even ask the rules.
-        run("ip", &["route", "add", "default", "via", "192.168.9.2"]);
-        run("ip", &["-6", "route", "add", "default", "via", "fd00:9::2"]);
+        // As on every node: without a route there, it would not even ask the rules. Not by
+        // way of the client, who would get redirects that use up its allowance of ICMP.
+        let _uplink = Namespace::linked("uplink", "172.31.0", "fd00:31");
+        run("ip", &["route", "add", "default", "via", "172.31.0.2"]);
+        run("ip", &["-6", "route", "add", "default", "via", "fd00:31::2"]);
         world.pod1.serve();
         world.pod2.serve();
         let mut backend = Nftables::open().unwrap();
