@@ -136,6 +136,11 @@ pub async fn run(client: Client, events: mpsc::Sender<Event>) {
         let received = tokio::select! {
             received = signals.recv_many(&mut ready, SIGNALS) => received,
             () = events.closed() => return,
+            // A watch ends by itself only where it panics, and two of three are no source.
+            Some(Err(ended)) = watches.join_next() => match ended.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => return,
+            },
         };
         if received == 0 {
             return;
