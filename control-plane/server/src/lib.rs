@@ -25,6 +25,8 @@ mod link;
 mod serve;
 mod status;
 mod sync;
+#[cfg(test)]
+mod testing;
 
 pub use counters::{Counters, Histogram, LATENCY_BUCKETS};
 pub use hub::{Config, Hub, Overview};

@@ -19,6 +19,8 @@ use crate::identity;
 
 mod inbound;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use session::Session;
 
