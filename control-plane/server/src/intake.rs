@@ -153,7 +153,7 @@ impl Pending {
     }
 }
 
-fn take_quarantine(hub: &Hub, change: QuarantineInput) {
+pub(crate) fn take_quarantine(hub: &Hub, change: QuarantineInput) {
     let mut shared = hub.lock();
     match change {
         QuarantineInput::Add { kind, name, fault, previous_in_force } => {

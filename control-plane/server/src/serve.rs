@@ -16,6 +16,9 @@ use crate::Hub;
 use crate::status::StatusQueries;
 use crate::sync::Sync;
 
+#[cfg(test)]
+mod tests;
+
 /// Largest message a client may send, as the contract has it.
 const MAX_INBOUND: usize = lockstep_wire::batch::MAX_MESSAGE_BYTES;
 

@@ -17,6 +17,8 @@ use crate::hub::{Shared, invalid};
 
 mod nodes;
 mod services;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 /// Page size where the request states none, and the largest one.
@@ -106,7 +108,8 @@ impl StatusService for StatusQueries {
     }
 
     async fn wait(&self, request: Request<v1::WaitRequest>) -> Result<Response<Self::WaitStream>, Status> {
-        watch::wait(self.hub.clone(), &request.into_inner()).map(Response::new)
+        let deadline = watch::deadline(request.metadata());
+        watch::wait(self.hub.clone(), &request.into_inner(), deadline).map(Response::new)
     }
 
     async fn list_failures(

@@ -9,6 +9,7 @@ use lockstep_store::{Level, Position};
 use lockstep_wire::v1;
 use tokio::sync::watch::Receiver;
 use tonic::Status;
+use tonic::metadata::MetadataMap;
 
 use super::{Responses, SAMPLE, nodes, service_key};
 use crate::Hub;
@@ -66,14 +67,45 @@ struct Target {
     level: Level,
 }
 
-pub(super) fn wait(hub: Arc<Hub>, request: &v1::WaitRequest) -> Result<Responses<v1::WaitResponse>, Status> {
+/// When the caller loses its patience. The transport ends a call that has not begun to answer
+/// then, but not one that goes on answering.
+pub(super) fn deadline(metadata: &MetadataMap) -> Option<tokio::time::Instant> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let nanos: u64 = match unit {
+        "n" => 1,
+        "u" => 1_000,
+        "m" => 1_000_000,
+        "S" => 1_000_000_000,
+        "M" => 60_000_000_000,
+        "H" => 3_600_000_000_000,
+        _ => return None,
+    };
+    let timeout = Duration::from_nanos(number.parse::<u64>().ok()?.saturating_mul(nanos));
+    tokio::time::Instant::now().checked_add(timeout)
+}
+
+pub(super) fn wait(
+    hub: Arc<Hub>,
+    request: &v1::WaitRequest,
+    deadline: Option<tokio::time::Instant>,
+) -> Result<Responses<v1::WaitResponse>, Status> {
     let target = target(&hub.lock(), request)?;
     let looks = Looks::new(&hub, WAIT_INTERVAL);
     let last = None::<(u32, u32, Vec<String>)>;
-    Ok(stream::unfold(Some((hub, looks, target, last)), |state| async move {
+    Ok(stream::unfold(Some((hub, looks, target, last)), move |state| async move {
         let (hub, mut looks, target, mut last) = state?;
         loop {
-            looks.next().await?;
+            let overdue = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                look = looks.next() => look?,
+                () = overdue => return Some((Err(Status::deadline_exceeded("not every node is done")), None)),
+            }
             let response = progress(&hub.lock(), &target);
             if response.done {
                 return Some((Ok(response), None));

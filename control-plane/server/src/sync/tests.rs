@@ -87,7 +87,7 @@ async fn a_seq_of_this_epoch_helps_where_the_digest_is_forgotten() {
     node.reach(2).await;
     for variant in 0..1_100_u32 {
         let name = format!("s{}", variant % 7);
-        world.publish(|changes| changes.upsert(service(&name, (variant / 7) as u8 + 1)));
+        world.publish(|changes| changes.upsert(service(&name, u8::try_from(variant / 7).unwrap() + 1)));
     }
     let mut again = world.node(v1::Hello { held: held(&node), ..hello("n1", "a") }).await;
     assert_eq!(again.resume(), v1::ResumeMode::Delta);
