@@ -14,6 +14,8 @@ mod args;
 mod client;
 mod commands;
 mod output;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use args::Args;
