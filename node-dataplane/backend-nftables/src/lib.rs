@@ -155,7 +155,7 @@ impl<N: Netfilter> Backend for Nftables<N> {
     fn describe(&self) -> Description {
         Description {
             mode: "nftables",
-            version: "netlink".to_owned(),
+            version: format!("netlink, Linux {}", lockstep_kernel::release()),
             families: Family::ALL.to_vec(),
             features: contents::FEATURES.to_vec(),
         }

@@ -13,7 +13,9 @@ pub mod exec;
 pub mod netlink;
 pub mod netns;
 pub mod nf_tables;
+mod release;
 pub mod sysctl;
 pub mod xtables;
 
 pub use errno::Errno;
+pub use release::release;

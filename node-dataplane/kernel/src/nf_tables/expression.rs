@@ -261,3 +261,56 @@ impl Expression {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::{Messages, attr::Attribute};
+    use crate::nf_tables::{Batch, Family, Rule};
+
+    fn every_kind() -> Vec<Expression> {
+        vec![
+            Expression::Payload { base: PayloadBase::Network, offset: 16, length: 4, to: 1 },
+            Expression::Payload { base: PayloadBase::Transport, offset: 2, length: 2, to: 10 },
+            Expression::Meta { key: 16, to: 9 },
+            Expression::SetMeta { key: 3, from: 1 },
+            Expression::Ct { key: 0, to: 1 },
+            Expression::Cmp { from: 1, op: CmpOp::Neq, data: vec![0; 4] },
+            Expression::Cmp { from: 1, op: CmpOp::Eq, data: vec![7; 16] },
+            Expression::Bitwise { from: 1, to: 1, mask: vec![255, 0, 0, 0], xor: vec![0; 4] },
+            Expression::Lookup { set: "s".to_owned(), from: 1, to: None, invert: false },
+            Expression::Lookup { set: "s".to_owned(), from: 1, to: None, invert: true },
+            Expression::Lookup { set: "m".to_owned(), from: 1, to: Some(0), invert: false },
+            Expression::Verdict(Verdict::Drop),
+            Expression::Verdict(Verdict::Return),
+            Expression::Verdict(Verdict::Goto("svc.c10".to_owned())),
+            Expression::Random { to: 11, modulus: 10 },
+            Expression::FibAddressType { to: 1, flags: 2 },
+            Expression::Dnat { family: 2, address: 1, port: 9 },
+            Expression::Masquerade { flags: 16 },
+            Expression::RejectIcmp { code: 3 },
+        ]
+    }
+
+    #[test]
+    fn what_libnftnl_encodes_our_decoder_reads() {
+        let mut batch = Batch::new();
+        let rule = Rule { chain: "c".to_owned(), expressions: every_kind() };
+        batch.add_rule(Family::Ipv4, "t", &rule);
+        let message = Messages::of(batch.finish()).find(|message| message.kind == 10 << 8 | 6).unwrap();
+        let list = Attributes::of(&message.payload[4..]).get(4).unwrap();
+        let decode = |one: Attribute<'_>| Expression::decode(&one.nested()).unwrap();
+        assert_eq!(list.nested().map(decode).collect::<Vec<_>>(), every_kind());
+    }
+
+    #[test]
+    fn what_is_not_known_is_kept_as_it_is() {
+        let mut bytes = Vec::new();
+        crate::netlink::attr::put_text(&mut bytes, 1, "counter");
+        crate::netlink::attr::put(&mut bytes, 2, &[1, 2, 3, 4]);
+        assert_eq!(
+            Expression::decode(&Attributes::of(&bytes)),
+            Some(Expression::Other { name: "counter".to_owned(), data: vec![1, 2, 3, 4] })
+        );
+    }
+}
