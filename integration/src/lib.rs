@@ -1,3 +1,17 @@
-//! What integration tests stand on: real programs, started and ended with the test.
+//! What tests of the whole stand on: real programs in network namespaces, started and ended with
+//! the test.
+//!
+//! ```text
+//! lab: namespaces, addresses, routes ──> traffic: who answers whom, seeing which source
+//!   └─> product: control plane and agents inside ──> scenario: manifests, probes, expectations
+//! apiserver: a real Kubernetes API server, for the Kubernetes source
+//! ```
+//!
+//! Drives the product from outside only: its programs, its files and its gRPC contract.
+#![forbid(unsafe_code)]
 
 pub mod apiserver;
+pub mod lab;
+pub mod product;
+pub mod scenario;
+pub mod traffic;

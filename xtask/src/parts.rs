@@ -94,6 +94,20 @@ pub(crate) const PARTS: &[Part] = &[
         needs_root: true,
     },
     Part {
+        name: "packets",
+        about: "the whole product: every scenario with real packets, nftables",
+        in_everything: true,
+        steps: &[Step::Integration("packets", &["nftables"])],
+        needs_root: true,
+    },
+    Part {
+        name: "packets-iptables",
+        about: "the same, iptables in both flavours",
+        in_everything: false,
+        steps: &[Step::Integration("packets", &["iptables"])],
+        needs_root: true,
+    },
+    Part {
         name: "advisories",
         about: "known faults of dependencies, from rustsec.org",
         in_everything: false,

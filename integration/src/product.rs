@@ -1,0 +1,393 @@
+//! The product in a lab: pods that answer, the control plane on a directory of manifests, one
+//! agent per node.
+//!
+//! Everything is observed from outside: log files, the gRPC contract, the kernel.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use lockstep_wire::v1::status_service_client::StatusServiceClient;
+use lockstep_wire::v1::{self, AckLevel};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::lab::{Family, Lab, POD_CIDRS, Place};
+use crate::traffic::POD_PORT;
+
+/// Port of the control plane's gRPC server.
+pub const GRPC_PORT: u16 = 7443;
+/// How long anything may take that normally takes milliseconds.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(10);
+
+/// How an agent programs its kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// `--mode nftables`.
+    Nftables,
+    /// `--mode iptables --iptables-flavour legacy`.
+    IptablesLegacy,
+    /// `--mode iptables --iptables-flavour nft`.
+    IptablesNft,
+}
+
+/// A program that runs inside a place. Killed with the value.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+/// The product, running. Fields end in order: agents before what they talk to.
+#[derive(Debug)]
+pub struct Product {
+    agents: Vec<Option<Process>>,
+    control_plane: Option<Process>,
+    _pods: Vec<Process>,
+    modes: Vec<Mode>,
+    manifests: PathBuf,
+    binaries: PathBuf,
+    /// The network it runs in.
+    pub lab: Lab,
+}
+
+impl Product {
+    /// Pods answer, nothing else runs yet. `modes` has one entry per node.
+    pub fn new(lab: Lab, modes: &[Mode]) -> Result<Self> {
+        ensure!(modes.len() == usize::from(lab.nodes()), "{} modes for {} nodes", modes.len(), lab.nodes());
+        let manifests = lab.directory().join("manifests");
+        fs::create_dir_all(&manifests)?;
+        let binaries = binaries()?;
+        let mut pods = Vec::new();
+        for pod in lab.pods() {
+            let mut command = lab.command(pod, program(&binaries, "lockstep-pod")?);
+            command.args([pod.to_string(), POD_PORT.to_string()]);
+            pods.push(Process::spawn(&lab, &pod.to_string(), command)?);
+        }
+        for pod in &mut pods {
+            pod.wait_for_log("ready")?;
+        }
+        let agents = modes.iter().map(|_| None).collect();
+        Ok(Self { agents, control_plane: None, _pods: pods, modes: modes.to_vec(), manifests, binaries, lab })
+    }
+
+    /// Starts the control plane and waits until its port answers; it may not serve state yet.
+    pub fn start_control_plane(&mut self) -> Result<()> {
+        let mut command = self.lab.command(Place::Fabric, program(&self.binaries, "lockstep-control-plane")?);
+        command.arg("--source").arg(format!("files:{}", self.manifests.display()));
+        command.args(["--listen", &listen(GRPC_PORT), "--http", &listen(8080), "--insecure"]);
+        self.control_plane = Some(Process::spawn(&self.lab, "control-plane", command)?);
+        wait_until("the control plane answers", PATIENCE, || Ok(self.server_info().ok().map(drop)))
+    }
+
+    /// Starts the agent of a node.
+    pub fn start_agent(&mut self, node: u8) -> Result<()> {
+        let process = self.spawn_agent(node, &format!("node{node}"))?;
+        self.agents[usize::from(node) - 1] = Some(process);
+        Ok(())
+    }
+
+    /// Starts an agent on a node under any name, beside the node's own.
+    pub fn spawn_agent(&self, node: u8, name: &str) -> Result<Process> {
+        let place = Place::Node(node);
+        let state = self.lab.directory().join(format!("state-{place}-{name}"));
+        fs::create_dir_all(&state)?;
+        let mut command = self.lab.command(place, program(&self.binaries, "lockstep-node")?);
+        command.args(["--control-plane", &self.url(), "--node-name", name, "--insecure"]);
+        command.args(["--cluster-cidr", POD_CIDRS, "--state-dir"]).arg(state);
+        command.args(self.modes[usize::from(node) - 1].flags());
+        if name != place.to_string() {
+            command.args(["--healthz", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]);
+        }
+        Process::spawn(&self.lab, &format!("agent-{name}"), command)
+    }
+
+    /// Starts everything and waits until every node is verified at the head.
+    pub fn start(&mut self) -> Result<()> {
+        self.start_control_plane()?;
+        for node in 1..=self.lab.nodes() {
+            self.start_agent(node)?;
+        }
+        self.wait_verified(0)
+    }
+
+    /// The agent of a node.
+    pub fn agent(&mut self, node: u8) -> Result<&mut Process> {
+        self.agents[usize::from(node) - 1]
+            .as_mut()
+            .with_context(|| format!("node{node}: no agent was started"))
+    }
+
+    /// The control plane.
+    pub fn control_plane(&mut self) -> Result<&mut Process> {
+        self.control_plane.as_mut().context("no control plane was started")
+    }
+
+    /// Puts a manifest in place at once, as an editor or `mv` does.
+    pub fn write_manifest(&self, name: &str, text: &str) -> Result<()> {
+        let partial = self.lab.directory().join("manifest.partial");
+        fs::write(&partial, text)?;
+        Ok(fs::rename(partial, self.manifests.join(name))?)
+    }
+
+    /// Takes a manifest away.
+    pub fn remove_manifest(&self, name: &str) -> Result<()> {
+        Ok(fs::remove_file(self.manifests.join(name))?)
+    }
+
+    /// Node objects of all nodes, as a manifest.
+    pub fn node_manifest(&self) -> String {
+        let mut text = String::new();
+        for node in 1..=self.lab.nodes() {
+            let place = Place::Node(node);
+            let (v4, v6) = (place.address(Family::V4), place.address(Family::V6));
+            text.push_str(&format!(
+                "---\napiVersion: v1\nkind: Node\nmetadata:\n  name: {place}\n  uid: uid-{place}\n\
+                 spec:\n  podCIDRs: [10.244.{node}.0/24, 'fd00:244:{node}::/48']\n\
+                 status:\n  addresses:\n  - {{type: InternalIP, address: {v4}}}\n  - {{type: InternalIP, address: '{v6}'}}\n"
+            ));
+        }
+        text
+    }
+
+    /// Makes a change and waits until every node has verified the state after it.
+    pub fn change(&self, change: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        let before = self.head()?;
+        change(self)?;
+        let after = wait_until("the control plane takes the change in", PATIENCE, || {
+            Ok(Some(self.head()?).filter(|head| *head > before))
+        })?;
+        self.wait_verified(after)
+    }
+
+    /// Newest transaction of the control plane; 0 = none.
+    pub fn head(&self) -> Result<u64> {
+        Ok(self.server_info()?.head.unwrap_or_default().seq)
+    }
+
+    /// Waits until every node that has an agent is verified at `seq` or later and at the head,
+    /// with nothing failing.
+    pub fn wait_verified(&self, seq: u64) -> Result<()> {
+        let mut last = Vec::new();
+        let done = wait_until("every node is verified at the head", PATIENCE, || {
+            let response = self.list_nodes()?;
+            let head = response.head.unwrap_or_default().seq;
+            last = response.nodes;
+            let good = |node: &v1::NodeStatus| {
+                node.connected
+                    && node.verified_seq >= head
+                    && node.failures.is_empty()
+                    && node.backend_error.is_empty()
+            };
+            let all = last.len() >= usize::from(self.lab.nodes()) && last.iter().all(good);
+            Ok((all && head >= seq && head > 0).then_some(()))
+        });
+        done.with_context(|| format!("the nodes say: {last:#?}\n{}", self.logs()))
+    }
+
+    /// What the control plane says of itself.
+    pub fn server_info(&self) -> Result<v1::GetServerInfoResponse> {
+        self.ask(async |mut client| client.get_server_info(v1::GetServerInfoRequest {}).await)
+    }
+
+    /// What it says of the nodes.
+    pub fn list_nodes(&self) -> Result<v1::ListNodesResponse> {
+        self.ask(async |mut client| client.list_nodes(v1::ListNodesRequest::default()).await)
+    }
+
+    /// What it says is wrong.
+    pub fn list_failures(&self) -> Result<v1::ListFailuresResponse> {
+        self.ask(async |mut client| client.list_failures(v1::ListFailuresRequest::default()).await)
+    }
+
+    /// The barrier: true where every node reached VERIFIED for the Service in time.
+    pub fn wait_service(&self, namespace: &str, name: &str) -> Result<bool> {
+        let service = v1::ServiceRef { namespace: namespace.to_owned(), name: name.to_owned() };
+        let request = v1::WaitRequest {
+            target: Some(v1::wait_request::Target::Service(service)),
+            level: AckLevel::Verified.into(),
+            ..Default::default()
+        };
+        self.ask(async |mut client| {
+            let mut stream = client.wait(request.clone()).await?.into_inner();
+            while let Some(progress) = stream.message().await? {
+                if progress.done {
+                    return Ok(tonic::Response::new(true));
+                }
+            }
+            Ok(tonic::Response::new(false))
+        })
+    }
+
+    /// `lockstepctl` inside the fabric.
+    pub fn ctl(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = self.lab.command(Place::Fabric, program(&self.binaries, "lockstepctl")?);
+        command.args(["--server", &self.url()]).args(arguments);
+        Ok(command)
+    }
+
+    /// Removes everything of Lockstep from a node's kernel.
+    pub fn cleanup(&self, node: u8) -> Result<()> {
+        let output = self
+            .lab
+            .command(Place::Node(node), program(&self.binaries, "lockstep-node")?)
+            .arg("cleanup")
+            .output()?;
+        ensure!(output.status.success(), "cleanup: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// Where the control plane listens.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address())
+    }
+
+    /// The last lines of every log, for whoever reads a failed test.
+    pub fn logs(&self) -> String {
+        let processes = self.agents.iter().flatten().chain(&self.control_plane);
+        processes.map(|process| format!("--- {}\n{}\n", process.name, process.tail())).collect()
+    }
+
+    fn address(&self) -> SocketAddr {
+        (Place::Fabric.address(Family::V4), GRPC_PORT).into()
+    }
+
+    fn ask<T: Send>(
+        &self,
+        call: impl AsyncFn(StatusServiceClient<Channel>) -> Result<tonic::Response<T>, tonic::Status> + Send,
+    ) -> Result<T> {
+        let endpoint =
+            Endpoint::from_shared(self.url())?.timeout(PATIENCE).connect_timeout(Duration::from_secs(2));
+        self.lab.inside(Place::Fabric, move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let client = StatusServiceClient::new(endpoint.connect().await?);
+                Ok(call(client).await?.into_inner())
+            })
+        })?
+    }
+}
+
+impl Process {
+    fn spawn(lab: &Lab, name: &str, mut command: Command) -> Result<Self> {
+        let log = lab.directory().join(format!("{name}.log"));
+        // Appended: a restarted program goes on in the same log.
+        let file = File::options().create(true).append(true).open(&log)?;
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child = command.spawn().with_context(|| format!("start {name}"))?;
+        Ok(Self { name: name.to_owned(), child, log })
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// `kill -TERM`, then waits for the end.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        let status = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status()?;
+        ensure!(status.success(), "{}: cannot be signalled", self.name);
+        wait_until(&format!("{} ends", self.name), PATIENCE, || Ok(self.child.try_wait()?))
+    }
+
+    /// Exit status, where it ended by itself.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until its log has this text.
+    pub fn wait_for_log(&mut self, text: &str) -> Result<()> {
+        let what = format!("{} logs {text:?}", self.name);
+        let log = self.log.clone();
+        let found = wait_until(&what, PATIENCE, || {
+            let found = fs::read_to_string(&log)?.contains(text);
+            if !found && let Some(status) = self.child.try_wait()? {
+                bail!("it ended with {status}");
+            }
+            Ok(found.then_some(()))
+        });
+        found.with_context(|| format!("{}:\n{}", self.name, self.tail()))
+    }
+
+    fn tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Mode; 3] = [Mode::Nftables, Mode::IptablesLegacy, Mode::IptablesNft];
+
+    /// Flags of the agent.
+    pub fn flags(self) -> &'static [&'static str] {
+        match self {
+            Mode::Nftables => &["--mode", "nftables"],
+            Mode::IptablesLegacy => &["--mode", "iptables", "--iptables-flavour", "legacy"],
+            Mode::IptablesNft => &["--mode", "iptables", "--iptables-flavour", "nft"],
+        }
+    }
+
+    /// For people and test names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Nftables => "nftables",
+            Mode::IptablesLegacy => "iptables-legacy",
+            Mode::IptablesNft => "iptables-nft",
+        }
+    }
+}
+
+/// Asks again and again until there is an answer; an error or the end of `patience` ends it.
+pub fn wait_until<T>(
+    what: &str,
+    patience: Duration,
+    mut ask: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = ask().with_context(|| what.to_owned())? {
+            return Ok(answer);
+        }
+        ensure!(start.elapsed() < patience, "not within {} s: {what}", patience.as_secs());
+        std::thread::sleep(POLL);
+    }
+}
+
+/// Where cargo puts programs: beside this one, or above where it is a test.
+fn binaries() -> Result<PathBuf> {
+    let this = std::env::current_exe()?;
+    let directory = this.parent().context("this program has no directory")?;
+    let above = directory.parent().filter(|_| directory.ends_with("deps"));
+    Ok(above.unwrap_or(directory).to_path_buf())
+}
+
+fn program(binaries: &Path, name: &str) -> Result<PathBuf> {
+    let path = binaries.join(name);
+    ensure!(path.is_file(), "{} is not built: `cargo build --workspace --bins`", path.display());
+    Ok(path)
+}
+
+fn listen(port: u16) -> String {
+    format!("{}:{port}", Place::Fabric.address(Family::V4))
+}

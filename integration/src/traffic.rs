@@ -1,0 +1,120 @@
+//! Connections: servers in pods that say who they are and whom they saw, and clients that say
+//! what became of a connection.
+
+use std::fmt;
+use std::io::{ErrorKind, Read as _};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::lab::{Lab, Place};
+
+/// Port on which every pod answers, TCP and UDP.
+pub const POD_PORT: u16 = 8080;
+
+/// How long an answer may take. A machine under load delays an answer, it does not lose it.
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Transport of a probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
+pub enum Transport {
+    /// TCP.
+    #[serde(rename = "TCP")]
+    Tcp,
+    /// UDP.
+    #[serde(rename = "UDP")]
+    Udp,
+}
+
+/// What became of one connection.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Outcome {
+    /// It was answered.
+    Answered {
+        /// The pod.
+        by: Place,
+        /// Source address the pod saw.
+        source: IpAddr,
+    },
+    /// It was refused: a reset or an ICMP error.
+    Refused,
+    /// Nothing came back.
+    Timeout,
+    /// The kernel of the client would not send it, or the answer made no sense.
+    Broken(String),
+}
+
+/// One connection from `from`.
+pub fn probe(lab: &Lab, from: Place, transport: Transport, to: SocketAddr) -> Result<Outcome> {
+    lab.inside(from, || connect(transport, to))
+}
+
+/// One connection from the namespace of the caller.
+fn connect(transport: Transport, to: SocketAddr) -> Outcome {
+    let answer = match transport {
+        Transport::Tcp => ask_tcp(to),
+        Transport::Udp => ask_udp(to),
+    };
+    match answer {
+        Ok(text) => read_answer(&text).unwrap_or_else(|| Outcome::Broken(format!("answer {text:?}"))),
+        Err(error) => match error.kind() {
+            ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Outcome::Refused,
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => Outcome::Timeout,
+            _ => Outcome::Broken(error.to_string()),
+        },
+    }
+}
+
+fn ask_tcp(to: SocketAddr) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn ask_udp(to: SocketAddr) -> std::io::Result<String> {
+    let any: IpAddr = if to.is_ipv4() { [0, 0, 0, 0].into() } else { [0u16; 8].into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(to)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.send(b"?")?;
+    let mut buffer = [0; 128];
+    let length = socket.recv(&mut buffer)?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// What a server says: its name and the address it saw.
+pub fn answer(name: &str, peer: SocketAddr) -> String {
+    format!("{name} {}\n", peer.ip().to_canonical())
+}
+
+fn read_answer(text: &str) -> Option<Outcome> {
+    let (by, source) = text.trim().split_once(' ')?;
+    Some(Outcome::Answered { by: by.parse().ok()?, source: source.parse().ok()? })
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Answered { by, source } => write!(f, "answered by {by}, which saw {source}"),
+            Outcome::Refused => f.write_str("refused"),
+            Outcome::Timeout => f.write_str("no answer"),
+            Outcome::Broken(what) => write!(f, "broken: {what}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_reads_what_a_server_says() {
+        let peer: SocketAddr = "[::ffff:10.200.0.100]:4711".parse().unwrap();
+        let expected = Outcome::Answered { by: Place::Pod(1, 2), source: [10, 200, 0, 100].into() };
+        assert_eq!(read_answer(&answer("n1p2", peer)), Some(expected));
+        assert_eq!(read_answer("garbage"), None);
+    }
+}

@@ -1,0 +1,122 @@
+//! Every scenario, in every mode and family, with real packets. Needs root.
+//!
+//! One network per mode, built once; the modes run at the same time. Arguments choose: those
+//! cases run whose name (`nftables/IPv4/cluster-ip`) has all of them in it.
+
+#![allow(clippy::print_stdout, reason = "its report is its output")]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use lockstep_integration::lab::{Family, Lab};
+use lockstep_integration::product::{Mode, Product};
+use lockstep_integration::scenario::Scenario;
+
+struct Case {
+    name: String,
+    family: Family,
+    path: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let filters: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let start = Instant::now();
+    let (mut passed, mut failed) = (0, 0);
+    std::thread::scope(|scope| {
+        let modes: Vec<_> = Mode::ALL
+            .map(|mode| {
+                scope.spawn({
+                    let filters = &filters;
+                    move || play(mode, filters)
+                })
+            })
+            .into();
+        for mode in modes {
+            let (good, bad) = mode.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            passed += good;
+            failed += bad;
+        }
+    });
+    let verdict = if failed == 0 { "ok" } else { "FAILED" };
+    println!(
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; finished in {:.1}s",
+        start.elapsed().as_secs_f64()
+    );
+    if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Plays the cases of one mode; returns how many passed and failed.
+fn play(mode: Mode, filters: &[String]) -> (usize, usize) {
+    let cases = match cases(mode, filters) {
+        Ok(cases) if cases.is_empty() => return (0, 0),
+        Ok(cases) => cases,
+        Err(error) => return failed_to_start(mode, &error),
+    };
+    let product = match start(mode) {
+        Ok(product) => product,
+        Err(error) => return failed_to_start(mode, &error),
+    };
+    let (mut passed, mut failed) = (0, 0);
+    for case in cases {
+        match Scenario::read(&case.path, case.family).and_then(|scenario| scenario.play(&product)) {
+            Ok(()) => {
+                passed += 1;
+                println!("test {} ... ok", case.name);
+            }
+            Err(error) => {
+                failed += 1;
+                println!("{}: {error:#}", case.name);
+                println!("test {} ... FAILED", case.name);
+            }
+        }
+    }
+    (passed, failed)
+}
+
+fn failed_to_start(mode: Mode, error: &anyhow::Error) -> (usize, usize) {
+    println!("{}: {error:#}", mode.name());
+    println!("test {} ... FAILED", mode.name());
+    (0, 1)
+}
+
+fn start(mode: Mode) -> Result<Product> {
+    let mut product = Product::new(Lab::new(3, 2)?, &[mode; 3])?;
+    product.write_manifest("nodes.yaml", &product.node_manifest())?;
+    product.write_manifest("always.yaml", ALWAYS)?;
+    product.start().context("start the product")?;
+    Ok(product)
+}
+
+/// Something that every scenario must leave alone.
+const ALWAYS: &str = "\
+apiVersion: v1
+kind: Service
+metadata: {name: always, namespace: default, uid: uid-always}
+spec:
+  clusterIP: 10.96.0.250
+  clusterIPs: [10.96.0.250]
+  ports: [{port: 80}]
+";
+
+fn cases(mode: Mode, filters: &[String]) -> Result<Vec<Case>> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+    let mut cases = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "yaml") {
+            continue;
+        }
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        for family in [Family::V4, Family::V6] {
+            let name = format!("{}/{family}/{stem}", mode.name());
+            if filters.iter().all(|filter| name.contains(filter)) {
+                cases.push(Case { name, family, path: path.clone() });
+            }
+        }
+    }
+    cases.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(cases)
+}
