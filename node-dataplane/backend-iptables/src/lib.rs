@@ -23,12 +23,16 @@ mod check;
 mod choose;
 mod cleanup;
 mod diff;
+#[cfg(test)]
+mod fake;
 mod family;
 mod fixed;
 mod input;
 mod names;
 mod observe;
 mod render;
+#[cfg(test)]
+mod tests;
 mod tool;
 mod watch;
 
