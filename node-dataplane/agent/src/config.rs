@@ -1,6 +1,7 @@
 //! Command line and environment: read, checked, and turned into what the agent needs, before
 //! anything is opened or touched.
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -206,7 +207,9 @@ impl LogFormat {
     pub fn install(self) {
         let filter = tracing_subscriber::EnvFilter::try_from_default_env()
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        let colours = std::io::stderr().is_terminal();
+        let log =
+            tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
         match self {
             LogFormat::Text => log.init(),
             LogFormat::Json => log.json().init(),

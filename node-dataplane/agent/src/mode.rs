@@ -1,7 +1,11 @@
 //! Which backend, and why.
 
+use std::sync::Arc;
+
 use anyhow::{Context, bail};
+use lockstep_backend_iptables::{Choice, Flavour, Iptables, detect, probe};
 use lockstep_backend_nftables::Nftables;
+use lockstep_kernel::exec::{Processes, Run};
 use lockstep_view::backend::Description;
 use lockstep_view::{Backend, NodePortAddresses, ViewConfig};
 
@@ -61,8 +65,21 @@ fn nftables() -> anyhow::Result<Chosen> {
     Ok(Box::new(backend))
 }
 
-fn iptables(_flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
-    bail!("it is not built yet")
+fn iptables(flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
+    let run: Arc<dyn Run> = Arc::new(Processes);
+    let choice = match flavour {
+        IptablesFlavour::Auto => detect(&run)?,
+        IptablesFlavour::Legacy => asked_for(&run, Flavour::Legacy)?,
+        IptablesFlavour::Nft => asked_for(&run, Flavour::Nft)?,
+    };
+    let backend = Iptables::open(run, choice.flavour)?;
+    tracing::info!(flavour = %choice.flavour, reason = choice.reason, "iptables works");
+    Ok(Box::new(backend))
+}
+
+fn asked_for(run: &Arc<dyn Run>, flavour: Flavour) -> anyhow::Result<Choice> {
+    probe(run, flavour)?;
+    Ok(Choice { flavour, reason: "asked for".to_owned() })
 }
 
 /// How the view decides for a backend: node ports answer where kube-proxy's answer in that mode.
@@ -78,16 +95,31 @@ pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
     }
 }
 
-/// Removes what is ours: of one mode, or (auto) of each. One outcome per mode: the number of
-/// objects that were removed.
+/// Removes what is ours: of one mode, or (auto) of each. One outcome per kernel interface: the
+/// number of objects that were removed.
 pub fn remove(mode: Mode) -> Vec<(&'static str, anyhow::Result<usize>)> {
     let mut outcomes = Vec::new();
     if matches!(mode, Mode::Auto | Mode::Nftables) {
         outcomes.push(("nftables", remove_nftables()));
+    }
+    if matches!(mode, Mode::Auto | Mode::Iptables) {
+        outcomes.push(("iptables legacy", remove_iptables(Flavour::Legacy)));
+        outcomes.push(("iptables nft", remove_iptables(Flavour::Nft)));
     }
     outcomes
 }
 
 fn remove_nftables() -> anyhow::Result<usize> {
     Ok(Nftables::open()?.cleanup()?)
+}
+
+fn remove_iptables(flavour: Flavour) -> anyhow::Result<usize> {
+    match Iptables::open(Arc::new(Processes), flavour) {
+        Ok(mut backend) => Ok(backend.cleanup()?),
+        Err(error) => {
+            // Where its tools do not work, this agent has never written with them.
+            tracing::info!(%flavour, %error, "this iptables cannot be used here");
+            Ok(0)
+        }
+    }
 }

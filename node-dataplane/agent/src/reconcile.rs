@@ -183,7 +183,8 @@ impl Reconciler {
             }
             self.work(Now::read());
         }
-        tracing::info!(applied = ?self.report.applied, "ending; the rules stay in force");
+        let applied = self.report.applied.map(|position| position.to_string()).unwrap_or_default();
+        tracing::info!(applied, "ending; the rules stay in force");
         self.acknowledge();
     }
 
