@@ -6,6 +6,7 @@ mod support;
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -258,5 +259,31 @@ fn only_allowed_sources_reach_a_restricted_address() {
         assert_eq!(world.pod1.dial("192.0.2.7:80"), Ok(ip("10.244.2.1")));
         assert_eq!(world.client.dial("192.0.2.7:80"), Err(ErrorKind::TimedOut));
         assert_eq!(world.client.dial("10.96.0.7:80"), Ok(ip("10.244.2.1")), "other addresses are open");
+    });
+}
+
+#[test]
+fn no_connection_is_lost_while_the_tables_are_made_anew() {
+    let port = one("", vec![to_pod(2)], vec![cluster_ip("10.96.0.1", 80)]);
+    let mut desired = plan([service("web", vec![port])]);
+    on_node(&desired.clone(), |world, backend| {
+        let (done, dialled) = (AtomicBool::new(false), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            let dialling = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(world.pod1.dial("10.96.0.1:80"), Ok(ip("10.244.1.2")));
+                    dialled.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            let mut rounds = 0;
+            while !dialling.is_finished() && (rounds < 20 || dialled.load(Ordering::Relaxed) < 50) {
+                // Another mark changes rules, and so the whole table.
+                rounds += 1;
+                desired.node.masquerade_mark = 0x4000 << (rounds % 2);
+                assert!(backend.sync(&desired).unwrap().objects_changed > 0);
+            }
+            done.store(true, Ordering::Relaxed);
+            dialling.join().unwrap();
+        });
     });
 }
