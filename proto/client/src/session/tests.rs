@@ -1,3 +1,5 @@
+mod property;
+
 use std::time::Duration;
 
 use lockstep_model::{Key, Resource, ServiceKey, State, Version};
