@@ -1,5 +1,6 @@
 //! `lockstep-control-plane`.
 
+use std::future::Future;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -48,6 +49,7 @@ pub fn main() -> ExitCode {
 
 /// Everything that can be wrong with the surroundings is found out before anything starts.
 async fn run(args: Args) -> anyhow::Result<()> {
+    let stop = stop_signal().context("listening to signals")?;
     let tls = args.tls.read()?;
     let config = Config {
         heartbeat: args.heartbeat_interval(),
@@ -78,7 +80,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
         tokio::spawn(http::serve(http, hub.clone()));
     }
     tokio::select! {
-        served = lockstep_server::serve(hub, listener, tls, stop()) => served?,
+        served = lockstep_server::serve(hub, listener, tls, stop) => served?,
         ended = source => match ended.context("the source")? {
             Ok(()) => anyhow::bail!("the source has ended"),
             Err(error) => return Err(error),
@@ -114,19 +116,17 @@ async fn spawn_source(
     })
 }
 
-/// SIGTERM or SIGINT. Where they cannot be listened to, their default action ends the process.
-async fn stop() {
+/// SIGTERM or SIGINT. Listened to from the call on, so that none is missed while the rest starts.
+fn stop_signal() -> std::io::Result<impl Future<Output = ()> + Send> {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    let name = tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
-    };
-    info!(signal = name, "stopping");
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        info!(signal = name, "stopping");
+    })
 }
 
 fn log_to_stderr(format: LogFormat) {
