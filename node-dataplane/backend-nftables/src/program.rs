@@ -246,7 +246,8 @@ impl<N: Netfilter> Nftables<N> {
         let mut state = State::of(&plan.node);
         for family in Family::ALL {
             let skeleton = observe::skeleton(&mut self.netfilter, family, &plan.node).map_err(whole)?;
-            if !skeleton.drift.is_empty() {
+            if let Some(first) = skeleton.drift.first() {
+                tracing::info!(differences = skeleton.drift.len(), %first, "making our tables anew");
                 return self.rebuild(plan, excluded, attributed);
             }
             state.chains.extend(skeleton.chains.into_iter().map(|chain| (family, chain)));

@@ -115,6 +115,11 @@ impl State {
         }
     }
 
+    /// How many elements a set has.
+    pub(crate) fn elements_in(&self, family: Family, set: SetId) -> usize {
+        self.fill[lane_index(family, set)].elements
+    }
+
     /// A set was found or declared: so many elements, so many fit.
     pub(crate) fn set_fill(&mut self, family: Family, set: SetId, elements: usize, size: u32) {
         self.fill[lane_index(family, set)] = Fill { elements, size };
