@@ -88,6 +88,8 @@ pub struct Reconciler {
     ack_due: bool,
     /// Something has been programmed by this process.
     programmed: bool,
+    /// The server of the live connection has confirmed or brought the state.
+    confirmed: bool,
     /// The view knows the whole state.
     viewed: bool,
     ticks: u64,
@@ -158,6 +160,7 @@ impl Reconciler {
             report: Report::default(),
             ack_due: false,
             programmed: false,
+            confirmed: false,
             viewed: false,
             ticks: 0,
             differing: 0,
@@ -210,6 +213,7 @@ impl Reconciler {
     fn lost(&mut self) {
         self.session.disconnected();
         self.outbox = None;
+        self.confirmed = false;
         self.metrics.disconnects.inc();
         self.status.update(|status| status.connected = false);
     }
@@ -229,30 +233,38 @@ impl Reconciler {
         if let Some(request) = step.send {
             self.send(request);
         }
-        let connected = self.session.confirmed();
+        if !self.session.confirmed() {
+            return;
+        }
+        if !std::mem::replace(&mut self.confirmed, true) && self.session.node().uid.is_none() {
+            self.warn_of_no_node();
+        }
         self.status.update(|status| {
-            if connected {
-                status.connected = true;
-                status.stale = false;
-                status.confirmed = Some(now.wall);
-            }
+            status.connected = true;
+            status.stale = false;
+            status.confirmed = Some(now.wall);
         });
     }
 
     fn node_changed(&mut self, now: Now) {
         let node = self.session.node();
-        if node.uid.is_none() {
-            tracing::warn!(
-                node = %node.name,
-                "the cluster has no Node object of this name: no local endpoints by zone, no node port addresses; is --node-name right?"
-            );
-        } else {
+        if node.uid.is_some() {
             tracing::info!(node = %node.name, zone = node.zone.as_deref(), addresses = ?node.addresses, "this node's facts");
+        } else if self.confirmed {
+            self.warn_of_no_node();
         }
         self.view.set_node(node.clone());
         if self.session.position().is_some() {
             self.pending.wait(now);
         }
+    }
+
+    fn warn_of_no_node(&self) {
+        tracing::warn!(
+            node = %self.session.node().name,
+            "the cluster has no Node object of this name: its zone and its addresses are unknown, so node ports that \
+             need them do not answer; is --node-name right?"
+        );
     }
 
     fn committed(&mut self, committed: Committed, now: Now) {
