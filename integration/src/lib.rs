@@ -7,10 +7,12 @@
 //! apiserver: a real Kubernetes API server, for the Kubernetes source
 //! ```
 //!
-//! Drives the product from outside only: its programs, its files and its gRPC contract.
+//! All that drives the product from outside only: its programs, its files and its gRPC contract.
+//! [`bench`] alone links its crates, to time their parts.
 #![forbid(unsafe_code)]
 
 pub mod apiserver;
+pub mod bench;
 pub mod lab;
 pub mod product;
 pub mod scenario;

@@ -1,0 +1,167 @@
+//! What a node does, from a frame's bytes to the committed transaction, against the raw limit.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use lockstep_backend_nftables::Nftables;
+use lockstep_client::{Identity, Now, Session};
+use lockstep_kernel::netns;
+use lockstep_kernel::nf_tables::Kernel;
+use lockstep_model::{NodeContext, ServiceKey, State};
+use lockstep_view::{Backend, View, ViewConfig};
+use lockstep_wire::{batch, v1};
+
+use super::cluster::{CLUSTER_CIDR, NODE, Upstream};
+use super::raw::Copy;
+
+/// Times of the two, one pair per repetition.
+#[derive(Debug, Default)]
+pub struct Times {
+    /// Lockstep's.
+    pub lockstep: Vec<Duration>,
+    /// The raw limit's.
+    pub raw: Vec<Duration>,
+}
+
+/// Times that one set-up of a size gives.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// From decoded state to committed.
+    pub full: Times,
+    /// Of which planning.
+    pub planning: Vec<Duration>,
+    /// One endpoint replaced, from the frame's bytes to committed.
+    pub swap: Times,
+    /// A thousand endpoints replaced in one transaction.
+    pub burst: Times,
+    /// Elements in the kernel.
+    pub elements: usize,
+}
+
+/// The parts of an agent that stand between the stream and the kernel.
+struct Node {
+    session: Session,
+    view: View,
+    backend: Nftables,
+}
+
+fn view(node: NodeContext) -> Result<View> {
+    let config = ViewConfig { cluster_cidrs: vec![CLUSTER_CIDR.parse()?], ..ViewConfig::new(NODE) };
+    let mut view = View::new(config);
+    view.set_node(node);
+    Ok(view)
+}
+
+/// A session that holds the whole state.
+fn session(greeting: Vec<Bytes>) -> Result<Session> {
+    let mut session = Session::new(
+        Identity {
+            node_name: NODE.into(),
+            instance_id: "bench".to_owned(),
+            boot_id: String::new(),
+            agent_version: "bench".to_owned(),
+            backend: v1::Backend::default(),
+            features: Vec::new(),
+            kernel_adopted: false,
+        },
+        None,
+    );
+    session.connected(Now::read());
+    for frame in greeting {
+        let step = session.receive(batch::decode_response(frame)?, Now::read());
+        ensure!(step.end.is_none(), "session ended: {:?}", step.end);
+    }
+    ensure!(session.position().is_some(), "the greeting is not complete");
+    Ok(session)
+}
+
+/// State to committed. Returns the time, and the part of it that planning took.
+fn program(state: &State, node: NodeContext, backend: &mut Nftables) -> Result<(View, Duration, Duration)> {
+    let keys: Vec<ServiceKey> = state.service_keys().cloned().collect();
+    let start = Instant::now();
+    let mut view = view(node)?;
+    view.update(state, &keys);
+    let planned = start.elapsed();
+    let applied = backend.sync(view.plan()).context("sync")?;
+    let total = start.elapsed();
+    ensure!(applied.failures.is_empty(), "{:?}", applied.failures.first());
+    Ok((view, total, planned))
+}
+
+impl Node {
+    fn receive(&mut self, frames: Vec<Bytes>) -> Result<()> {
+        for frame in frames {
+            let step = self.session.receive(batch::decode_response(frame)?, Now::read());
+            ensure!(step.end.is_none(), "session ended: {:?}", step.end);
+            let Some(committed) = step.committed else { continue };
+            let changed = self.view.update(self.session.state(), &committed.services);
+            let applied = self.backend.apply(self.view.plan(), &changed.services).context("apply")?;
+            ensure!(applied.failures.is_empty() && applied.objects_changed > 0, "{applied:?}");
+        }
+        Ok(())
+    }
+}
+
+/// Measures everything at one size, in namespaces that end with it.
+pub fn measure(services: u32, loads: usize, swaps: usize, bursts: usize) -> Result<Measured> {
+    let mut upstream = Upstream::new(services);
+    let session = session(upstream.greeting()?)?;
+    let mut measured = Measured::default();
+    let mut copy = None;
+    for repetition in 0..=loads {
+        let (total, planned) = netns::run_in_new(|| -> Result<_> {
+            let mut backend = Nftables::open()?;
+            let (_, total, planned) = program(session.state(), session.node().clone(), &mut backend)?;
+            if copy.is_none() {
+                copy = Some(Copy::read(&mut Kernel::open()?)?);
+            }
+            Ok((total, planned))
+        })??;
+        let copy = copy.as_ref().context("no copy")?;
+        let raw = netns::run_in_new(|| -> Result<_> {
+            let mut kernel = Kernel::open()?;
+            let start = Instant::now();
+            copy.write(&mut kernel)?;
+            let raw = start.elapsed();
+            if repetition == 0 {
+                ensure!(Copy::read(&mut kernel)? == *copy, "the raw limit wrote another state");
+            }
+            Ok(raw)
+        })??;
+        // The first pair warms the caches of both.
+        if repetition > 0 {
+            measured.full.lockstep.push(total);
+            measured.full.raw.push(raw);
+            measured.planning.push(planned);
+        }
+    }
+    let copy = copy.context("nothing was loaded")?;
+    measured.elements = copy.elements();
+    netns::run_in_new(|| -> Result<()> {
+        let mut backend = Nftables::open()?;
+        let (view, ..) = program(session.state(), session.node().clone(), &mut backend)?;
+        let mut node = Node { session, view, backend };
+        netns::run_in_new(|| -> Result<()> {
+            let mut kernel = Kernel::open()?;
+            copy.write(&mut kernel)?;
+            let mut raw = copy.endpoints()?;
+            for (times, count, repetitions) in
+                [(&mut measured.swap, 1, swaps), (&mut measured.burst, 1000, bursts)]
+            {
+                for _ in 0..repetitions {
+                    let event = upstream.replace(u32::try_from(count)?);
+                    let frames = upstream.publish(event)?;
+                    let start = Instant::now();
+                    node.receive(frames)?;
+                    times.lockstep.push(start.elapsed());
+                    let start = Instant::now();
+                    raw.swap(&mut kernel, count)?;
+                    times.raw.push(start.elapsed());
+                }
+            }
+            Ok(())
+        })?
+    })??;
+    Ok(measured)
+}
