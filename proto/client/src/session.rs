@@ -295,10 +295,8 @@ impl Session {
         match (kind, &self.link) {
             (raw::sync_response::Kind::Welcome(welcome), Link::Greeting { .. }) => self.welcome(welcome, now),
             (raw::sync_response::Kind::Welcome(_), _) => Step::end("a second Welcome on one stream"),
-            (raw::sync_response::Kind::Goodbye(goodbye), _) => Step::end(format!(
-                "the server says goodbye: {}",
-                if goodbye.message.is_empty() { goodbye.reason().as_str_name() } else { &goodbye.message }
-            )),
+            // The stream ends by itself; how long to stay away is the transport's business.
+            (raw::sync_response::Kind::Goodbye(_), _) => Step::default(),
             (_, Link::Greeting { .. }) => Step::end("a message before Welcome"),
             (raw::sync_response::Kind::Update(update), _) => self.update(update, now),
             (raw::sync_response::Kind::Heartbeat(heartbeat), _) => self.heartbeat(&heartbeat),

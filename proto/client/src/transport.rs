@@ -148,7 +148,7 @@ async fn follow<E: From<Event>>(
         Ok(Err(status)) => return refused(&status),
         Err(_) => return Ended::new(format!("no answer for {} s", OPEN_TIMEOUT.as_secs())),
     };
-    connected();
+    let mut connected = Some(connected);
     let mut ended = Ended::new("");
     loop {
         let message = tokio::select! {
@@ -161,6 +161,10 @@ async fn follow<E: From<Event>>(
         };
         match message {
             Ok(Some(frame)) => {
+                // Not before its first message: a refusal can come after the headers.
+                if let Some(connected) = connected.take() {
+                    connected();
+                }
                 ended.observe(&frame);
                 if events.send(Event::Frame(Box::new(frame)).into()).await.is_err() {
                     ended.why = "the client ends".to_owned();

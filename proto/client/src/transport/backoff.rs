@@ -27,11 +27,9 @@ impl Backoff {
     pub(super) fn next(&mut self, away: Option<Duration>, superseded: bool) -> Duration {
         let jitter = Self::bound(self.failures).mul_f64(fastrand::f64());
         self.failures = self.failures.saturating_add(1);
-        let least = match (away, superseded) {
-            (Some(away), _) => away.min(MAX_AWAY),
-            (None, true) => SUPERSEDED.mul_f64(1.0 + fastrand::f64()),
-            (None, false) => Duration::ZERO,
-        };
+        let asked = away.unwrap_or_default().min(MAX_AWAY);
+        let replaced = if superseded { SUPERSEDED.mul_f64(1.0 + fastrand::f64()) } else { Duration::ZERO };
+        let least = asked.max(replaced);
         least + jitter
     }
 
@@ -61,6 +59,7 @@ mod tests {
         let mut backoff = Backoff::default();
         assert!(backoff.next(Some(Duration::from_secs(7)), false) >= Duration::from_secs(7));
         assert!(backoff.next(None, true) >= SUPERSEDED);
+        assert!(backoff.next(Some(Duration::from_millis(1)), true) >= SUPERSEDED);
         assert!(backoff.next(Some(Duration::from_secs(86_400)), false) <= MAX_AWAY + CAP);
     }
 }
