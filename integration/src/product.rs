@@ -112,7 +112,31 @@ impl Product {
         for node in 1..=self.lab.nodes() {
             self.start_agent(node)?;
         }
-        self.wait_verified(0)
+        self.wait_verified(0)?;
+        self.check_modes()
+    }
+
+    /// Fails where an agent fell back to another mode: then everything else would be shown for
+    /// the wrong one.
+    fn check_modes(&self) -> Result<()> {
+        for (node, mode) in self.list_nodes()?.nodes.into_iter().zip(&self.modes) {
+            let backend = node.backend.unwrap_or_default();
+            let (kind, flavour) = match mode {
+                Mode::Nftables => (v1::BackendKind::Nftables, ""),
+                Mode::IptablesLegacy => (v1::BackendKind::Iptables, "legacy"),
+                Mode::IptablesNft => (v1::BackendKind::Iptables, "nft"),
+            };
+            ensure!(
+                backend.kind() == kind && backend.version.contains(flavour),
+                "{}: asked for {}, got {:?} {}\n{}",
+                node.node_name,
+                mode.name(),
+                backend.kind(),
+                backend.version,
+                self.logs()
+            );
+        }
+        Ok(())
     }
 
     /// The agent of a node.
@@ -226,7 +250,7 @@ impl Product {
     /// `lockstepctl` inside the fabric.
     pub fn ctl(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = self.lab.command(Place::Fabric, program(&self.binaries, "lockstepctl")?);
-        command.args(["--server", &self.url()]).args(arguments);
+        command.args(["--server", &self.url(), "--insecure"]).args(arguments);
         Ok(command)
     }
 

@@ -33,6 +33,7 @@ enum Step {
     Integration(&'static str, &'static [&'static str]),
     Tidy,
     Deny(&'static [&'static str]),
+    Demo,
 }
 
 /// Every part, in the order they run: the quickest answers first.
@@ -95,16 +96,23 @@ pub(crate) const PARTS: &[Part] = &[
     },
     Part {
         name: "packets",
-        about: "the whole product: every scenario with real packets, nftables",
+        about: "the whole product: every scenario with real packets, every mode",
         in_everything: true,
-        steps: &[Step::Integration("packets", &["nftables"])],
+        steps: &[Step::Integration("packets", &[])],
         needs_root: true,
     },
     Part {
-        name: "packets-iptables",
-        about: "the same, iptables in both flavours",
-        in_everything: false,
-        steps: &[Step::Integration("packets", &["iptables"])],
+        name: "product",
+        about: "the whole product: kills, restarts, broken input, foreign rules",
+        in_everything: true,
+        steps: &[Step::Integration("product", &[])],
+        needs_root: true,
+    },
+    Part {
+        name: "demo",
+        about: "the demo, to its end",
+        in_everything: true,
+        steps: &[Step::Demo],
         needs_root: true,
     },
     Part {
@@ -192,6 +200,11 @@ impl Step {
         match self {
             Step::Tidy => tidy::check(outcome),
             Step::Deny(checks) => deny(checks, outcome),
+            Step::Demo => {
+                crate::demo(&[])?;
+                outcome.check("demo", true);
+                Ok(())
+            }
             Step::Unit => {
                 let of_unit = built(&[])?;
                 run_all(of_unit.iter().filter(|program| program.target == Target::Unit), &[], &[], outcome)?;

@@ -1,0 +1,268 @@
+//! The whole product on one machine, told step by step. Run by `cargo xtask demo`.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "a program for people at a terminal")]
+
+use std::io::Read as _;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use lockstep_integration::lab::{Lab, Place};
+use lockstep_integration::product::{Mode, Product};
+use lockstep_integration::traffic::{Outcome, Transport, probe};
+
+const MODES: [Mode; 3] = Mode::ALL;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let keep = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => false,
+        ["--keep"] => true,
+        _ => bail!("usage: cargo xtask demo [--keep]"),
+    };
+    let start = Instant::now();
+    let mut product = build()?;
+    traffic(&product)?;
+    status(&product)?;
+    changes(&product)?;
+    if keep {
+        return play(&product);
+    }
+    without_control_plane(&mut product)?;
+    title("Clean up");
+    for node in 1..=3 {
+        product.cleanup(node)?;
+    }
+    drop(product);
+    say(&format!("rules removed, namespaces gone; {:.1} s in all", start.elapsed().as_secs_f64()));
+    Ok(())
+}
+
+fn build() -> Result<Product> {
+    title("A cluster: three nodes with two pods each, and a client outside");
+    let mut product = Product::new(Lab::new(3, 2)?, &MODES)?;
+    for (node, mode) in (1..).zip(MODES) {
+        say(&format!("node{node}  {:<16} pods n{node}p1, n{node}p2", mode.name()));
+    }
+    title("One control plane on deploy/examples, one agent per node");
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples");
+    for name in ["nodes.yaml", "web.yaml", "dns.yaml", "shop.yaml"] {
+        product.write_manifest(name, &example(&examples, name)?)?;
+        say(name);
+    }
+    let start = Instant::now();
+    product.start()?;
+    say(&format!("every node verified after {:.0?}, process start included", start.elapsed()));
+    Ok(product)
+}
+
+/// A path that traffic takes.
+struct Route {
+    about: &'static str,
+    from: Place,
+    to: &'static str,
+    transport: Transport,
+}
+
+const ROUTES: [Route; 8] = [
+    Route {
+        about: "pod -> cluster IP",
+        from: Place::Pod(1, 2),
+        to: "10.96.0.10:80",
+        transport: Transport::Tcp,
+    },
+    Route {
+        about: "pod -> cluster IP, UDP",
+        from: Place::Pod(2, 1),
+        to: "10.96.0.53:53",
+        transport: Transport::Udp,
+    },
+    Route {
+        about: "node -> cluster IP",
+        from: Place::Node(3),
+        to: "10.96.0.10:80",
+        transport: Transport::Tcp,
+    },
+    Route {
+        about: "outside -> node port of node1",
+        from: Place::Outside,
+        to: "10.200.0.11:30080",
+        transport: Transport::Tcp,
+    },
+    Route {
+        about: "outside -> node port of node2",
+        from: Place::Outside,
+        to: "10.200.0.12:30080",
+        transport: Transport::Tcp,
+    },
+    Route {
+        about: "outside -> load balancer",
+        from: Place::Outside,
+        to: "203.0.113.10:80",
+        transport: Transport::Tcp,
+    },
+    Route {
+        about: "outside -> shop, source kept",
+        from: Place::Outside,
+        to: "198.51.100.20:80",
+        transport: Transport::Tcp,
+    },
+    Route {
+        about: "pod -> shop, from any node",
+        from: Place::Pod(3, 1),
+        to: "198.51.100.20:80",
+        transport: Transport::Tcp,
+    },
+];
+
+fn traffic(product: &Product) -> Result<()> {
+    title("Traffic along every path");
+    for route in &ROUTES {
+        let outcome = answered(product, route)?;
+        say(&format!("{:<32} {:<18} {outcome}", route.about, route.to));
+    }
+    Ok(())
+}
+
+fn answered(product: &Product, route: &Route) -> Result<Outcome> {
+    let to: SocketAddr = route.to.parse()?;
+    let outcome = probe(&product.lab, route.from, route.transport, to)?;
+    ensure!(matches!(outcome, Outcome::Answered { .. }), "{}: {outcome}\n{}", route.about, product.logs());
+    Ok(outcome)
+}
+
+fn status(product: &Product) -> Result<()> {
+    title("lockstepctl status");
+    ctl(product, &["status"])
+}
+
+fn ctl(product: &Product, arguments: &[&str]) -> Result<()> {
+    let output = product.ctl(arguments)?.output()?;
+    let (text, complaint) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "lockstepctl {}: {complaint}", arguments.join(" "));
+    for line in text.lines() {
+        say(line);
+    }
+    Ok(())
+}
+
+fn changes(product: &Product) -> Result<()> {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples");
+    let web = example(&examples, "web.yaml")?;
+
+    title("An endpoint changes: the web pod of node3 moves to n3p2");
+    let moved = replaced(&web, "10.244.3.1]", "10.244.3.2]")?;
+    timed_change(product, "web.yaml", &moved)?;
+    let mut seen = Vec::new();
+    for _ in 0..48 {
+        if let Outcome::Answered { by, .. } = answered(product, &ROUTES[0])? {
+            ensure!(by != Place::Pod(3, 1), "a new connection reached the endpoint that is gone");
+            seen.push(by);
+        }
+    }
+    seen.sort();
+    seen.dedup();
+    let names: Vec<String> = seen.iter().map(Place::to_string).collect();
+    say(&format!("48 new connections went to {}, none to n3p1", names.join(", ")));
+
+    title("A Service changes: web gets port 8000");
+    let port = replaced(&moved, "name: http, port: 80,", "name: http, port: 8000,")?;
+    timed_change(product, "web.yaml", &port)?;
+    let route = Route { about: "pod -> cluster IP", to: "10.96.0.10:8000", ..ROUTES[0] };
+    say(&format!("{:<32} {:<18} {}", route.about, route.to, answered(product, &route)?));
+    ctl(product, &["service", "default/web"])
+}
+
+fn timed_change(product: &Product, name: &str, text: &str) -> Result<()> {
+    let start = Instant::now();
+    product.change(|product| product.write_manifest(name, text))?;
+    let total = start.elapsed();
+    say(&format!("file written -> verified on all three nodes: {total:.0?}"));
+    for node in product.list_nodes()?.nodes {
+        let stats = node.last_stats.unwrap_or_default();
+        let took = |part: Option<_>| part.and_then(|part| Duration::try_from(part).ok()).unwrap_or_default();
+        let backend = node.backend.unwrap_or_default();
+        say(&format!(
+            "  {}  version {} verified; programmed in {:.1?}, read back in {:.1?}, {} kernel objects written  ({})",
+            node.node_name,
+            node.verified_seq,
+            took(stats.program),
+            took(stats.verify),
+            stats.kernel_objects_changed,
+            backend.version
+        ));
+    }
+    Ok(())
+}
+
+fn without_control_plane(product: &mut Product) -> Result<()> {
+    title("The control plane is killed (kill -9)");
+    product.control_plane()?.kill()?;
+    let routes = [&ROUTES[1], &ROUTES[6], &ROUTES[7]];
+    let start = Instant::now();
+    let mut count = 0;
+    while start.elapsed() < Duration::from_secs(2) {
+        for route in routes {
+            answered(product, route)?;
+            count += 1;
+        }
+    }
+    say(&format!("{count} new connections in 2 s, every one answered"));
+    title("It comes back");
+    let start = Instant::now();
+    product.start_control_plane()?;
+    product.wait_verified(0)?;
+    say(&format!("every node verified again after {:.0?}", start.elapsed()));
+    ctl(product, &["nodes"])
+}
+
+fn play(product: &Product) -> Result<()> {
+    let namespace = |place| product.lab.namespace(place);
+    let fabric = namespace(Place::Fabric);
+    let binaries = std::env::current_exe()?.parent().context("no directory")?.display().to_string();
+    let peers = std::env::var("LOCKSTEP_PEERS_DIR").unwrap_or_default();
+    let server = product.url();
+    let target = server.trim_start_matches("http://");
+    title("It is up. To play with, from another terminal:");
+    let lines = [
+        format!("ip netns exec {fabric} {binaries}/lockstepctl --server {server} --insecure status"),
+        format!("ip netns exec {fabric} {binaries}/lockstepctl --server {server} --insecure watch"),
+        format!("ip netns exec {fabric} {peers}/grpcurl -plaintext {target} list"),
+        format!(
+            "ip netns exec {fabric} {peers}/grpcurl -plaintext {target} lockstep.v1.StatusService/ListNodes"
+        ),
+        format!(
+            "ip netns exec {fabric} {peers}/grpcurl -plaintext {target} lockstep.v1.SyncService/FetchSnapshot"
+        ),
+        format!("ip netns exec {} nft list ruleset", namespace(Place::Node(1))),
+        format!("ip netns exec {} iptables-legacy-save -t nat", namespace(Place::Node(2))),
+        format!("ip netns exec {} sh     # a client outside the cluster", namespace(Place::Outside)),
+        format!("{}     # change a manifest here", product.lab.directory().join("manifests").display()),
+    ];
+    for line in lines {
+        say(&line);
+    }
+    println!("\nEnter or Ctrl-C ends it and cleans up.");
+    let _ = std::io::stdin().read(&mut [0])?;
+    Ok(())
+}
+
+fn example(directory: &Path, name: &str) -> Result<String> {
+    std::fs::read_to_string(directory.join(name)).with_context(|| format!("deploy/examples/{name}"))
+}
+
+/// Like `replace`, but an example that no longer has the text is an error.
+fn replaced(text: &str, old: &str, new: &str) -> Result<String> {
+    ensure!(text.contains(old), "deploy/examples/web.yaml has no {old:?} any more");
+    Ok(text.replace(old, new))
+}
+
+fn title(text: &str) {
+    println!("\n== {text}");
+}
+
+fn say(text: &str) {
+    println!("   {text}");
+}
