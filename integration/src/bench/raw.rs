@@ -88,12 +88,13 @@ impl Copy {
             batch.add_table(family, TABLE);
             table.sets.iter().for_each(|(set, _)| batch.add_set(family, TABLE, set));
             table.chains.iter().for_each(|chain| batch.add_chain(family, TABLE, chain));
-            table.rules.iter().for_each(|rule| batch.add_rule(family, TABLE, rule));
             for (set, elements) in &table.sets {
                 encoded.clear();
                 elements.iter().for_each(|element| element.put(&mut encoded));
                 batch.elements(ElementOp::Add, family, TABLE, &set.name, &encoded);
             }
+            // Rules last: an element that is added to a map in use is checked against its users.
+            table.rules.iter().for_each(|rule| batch.add_rule(family, TABLE, rule));
         }
         kernel.commit(batch.finish()).context("raw load")
     }

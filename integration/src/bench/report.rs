@@ -12,8 +12,8 @@ pub struct Row {
     pub measured: String,
     /// The limit, with its unit.
     pub limit: String,
-    /// `None` = for information.
-    pub holds: Option<bool>,
+    /// Whether the limit holds.
+    pub holds: bool,
 }
 
 /// The lines, in order.
@@ -27,34 +27,25 @@ impl Report {
             work: work.into(),
             measured: format!("{value:.2}{unit}{detail}"),
             limit: format!("{limit}{unit}"),
-            holds: Some(value <= limit),
+            holds: value <= limit,
         });
-    }
-
-    /// A value for information.
-    pub fn note(&mut self, work: impl Into<String>, measured: String) {
-        self.0.push(Row { work: work.into(), measured, limit: String::new(), holds: None });
     }
 
     /// Something that could not be measured counts as missed.
     pub fn missed(&mut self, work: impl Into<String>, why: String) {
-        self.0.push(Row { work: work.into(), measured: why, limit: String::new(), holds: Some(false) });
+        self.0.push(Row { work: work.into(), measured: why, limit: String::new(), holds: false });
     }
 
     /// True where no limit was missed.
     pub fn holds(&self) -> bool {
-        self.0.iter().all(|row| row.holds != Some(false))
+        self.0.iter().all(|row| row.holds)
     }
 
     /// As a Markdown table.
     pub fn table(&self) -> String {
         let mut out = String::from("| work | measured | at most | |\n|---|---|---|---|\n");
         for row in &self.0 {
-            let verdict = match row.holds {
-                Some(true) => "PASS",
-                Some(false) => "**FAIL**",
-                None => "",
-            };
+            let verdict = if row.holds { "PASS" } else { "**FAIL**" };
             let _ = writeln!(out, "| {} | {} | {} | {verdict} |", row.work, row.measured, row.limit);
         }
         out
