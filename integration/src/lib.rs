@@ -8,7 +8,7 @@
 //! ```
 //!
 //! All that drives the product from outside only: its programs, its files and its gRPC contract.
-//! [`bench`] alone links its crates, to time their parts.
+//! [`mod@bench`] alone links its crates, to time their parts.
 #![forbid(unsafe_code)]
 
 pub mod apiserver;
