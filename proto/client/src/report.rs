@@ -120,11 +120,12 @@ impl Report {
         let truncated = failures.len().saturating_sub(MAX_FAILURES);
         let outcome = if !self.backend_error.is_empty() {
             v1::Outcome::Failed
-        } else if applied_seq < received.seq || self.applied.is_none() {
+        } else if applied_seq < received.seq || applied_seq == 0 {
+            // 0 is the seq of nothing: what was applied for another process says nothing here.
             v1::Outcome::Received
         } else if !failures.is_empty() {
             v1::Outcome::Partial
-        } else if verified_seq < applied_seq || self.verified.is_none() {
+        } else if verified_seq < applied_seq {
             v1::Outcome::Applied
         } else {
             v1::Outcome::Verified

@@ -15,6 +15,7 @@
 //! * What went missing is asked for again; nothing is guessed.
 
 mod fault;
+mod replay;
 #[cfg(test)]
 mod tests;
 mod transaction;
@@ -22,11 +23,14 @@ mod transaction;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use lockstep_model::{Digest, Interner, Key, NodeContext, Resource, ServiceKey, State, Version};
+use lockstep_model::{
+    Digest, Feature, Interner, Key, NodeContext, Resource, Service, ServiceKey, State, Version,
+};
 use lockstep_wire::{convert, raw, v1};
 
 use crate::{Position, Report};
-use fault::Faults;
+use fault::{Fault, Faults};
+pub(crate) use replay::Replay;
 use transaction::Transaction;
 
 /// The only protocol version there is.
@@ -38,6 +42,9 @@ const MISSED_HEARTBEATS: u32 = 3;
 /// A server that says it is ahead for this many heartbeats in a row and sends nothing has lost
 /// track of this stream.
 const BEHIND_HEARTBEATS: u32 = 3;
+/// A resource that arrives damaged is asked for again at once so many times; after that, with
+/// every heartbeat. A server whose copy is the damaged one must not be asked as fast as it answers.
+const HASTY_REFETCHES: u32 = 3;
 
 /// Who the client is: what it says in every Hello.
 #[derive(Debug, Clone)]
@@ -69,14 +76,6 @@ pub struct Held {
     pub node: NodeContext,
     /// The names that the resources share.
     pub names: Interner,
-}
-
-/// Rebuilds a state from updates that build on each other, outside any stream: for what was
-/// kept of one. Accepts only what adds up.
-#[derive(Default)]
-pub(crate) struct Replay {
-    state: State,
-    staged: Option<Transaction>,
 }
 
 /// The time, read once per input by whoever has a clock.
@@ -156,8 +155,11 @@ struct Following {
     staged: Option<Transaction>,
     /// Everything was asked for again: what builds on a lost state is passed over until then.
     awaiting_full: bool,
-    /// Heartbeats in a row that named a head beyond ours.
+    /// Heartbeats in a row, without an Update between them, that found this client waiting for
+    /// one: behind the head, in the middle of a transaction, or with everything asked for.
     behind: u32,
+    /// Everything was asked for because of damage that has no name; once per stream.
+    mended: bool,
 }
 
 impl Session {
@@ -184,8 +186,25 @@ impl Session {
             session.interner = held.names;
             session.position = Some(position);
             session.node = held.node;
+            session.hold_back();
         }
         session
+    }
+
+    /// Takes out what an earlier process could program and this one cannot.
+    fn hold_back(&mut self) {
+        let keys: Vec<ServiceKey> = self.state.service_keys().cloned().collect();
+        for key in keys {
+            let Some(service) = self.state.service(&key) else { continue };
+            let Some(feature) = lacking(&self.identity, service) else { continue };
+            let key = Key::Service(key);
+            let version = self.state.get(&key).map(|(version, _)| version);
+            self.state.remove(&key);
+            let fault = Fault::unsupported(key, version, feature);
+            tracing::warn!(node = %self.identity.node_name, "{}", fault.failure.message);
+            self.faults.insert(fault);
+            self.position = Some(Position { digest: self.state.digest(), ..Position::default() });
+        }
     }
 
     /// The state as of the last commit.
@@ -263,7 +282,7 @@ impl Session {
             Link::Greeting { heard } => (*heard, DEFAULT_HEARTBEAT),
             Link::Following(link) => (link.heard, link.heartbeat),
         };
-        let limit = heartbeat * MISSED_HEARTBEATS;
+        let limit = heartbeat.saturating_mul(MISSED_HEARTBEATS);
         (now.monotonic.saturating_duration_since(heard) > limit)
             .then(|| format!("no message for {} s", limit.as_secs()))
     }
@@ -329,6 +348,7 @@ impl Session {
             staged: None,
             awaiting_full: false,
             behind: 0,
+            mended: false,
         };
         match welcome.resume_mode() {
             v1::ResumeMode::InSync if self.position.is_some() && head.digest == self.state.digest() => {
@@ -350,7 +370,8 @@ impl Session {
             }
             v1::ResumeMode::Full => link.awaiting_full = true,
             v1::ResumeMode::Delta | v1::ResumeMode::Unspecified => {
-                step.send = self.faults.refetch();
+                // Another server may have what this client can read.
+                step.send = self.faults.refetch_all();
             }
         }
         self.link = Link::Following(link);
@@ -381,20 +402,26 @@ impl Session {
             return Step::default();
         };
         let held = self.position.unwrap_or_default();
-        if link.awaiting_full || link.staged.is_some() || head.epoch != link.epoch {
-            return Step::default();
+        if head.epoch != link.epoch {
+            return Step::end(format!("a head of {head} on a stream of epoch {:016x}", link.epoch));
         }
-        if head.same_epoch(held) && head.seq == held.seq && head.digest != held.digest {
+        let waiting = link.awaiting_full || link.staged.is_some();
+        if !waiting && head.same_epoch(held) && head.seq == held.seq && head.digest != held.digest {
             tracing::warn!(node = %self.identity.node_name, position = %held, "the server's digest differs: fetching everything");
             link.awaiting_full = true;
             return Step { send: Some(refetch_everything()), ..Step::default() };
         }
-        let behind = !head.same_epoch(held) || head.seq > held.seq;
+        let behind = waiting || !head.same_epoch(held) || head.seq > held.seq;
         link.behind = if behind { link.behind + 1 } else { 0 };
         if link.behind >= BEHIND_HEARTBEATS {
             return Step::end(format!("the server is at {head}, sends nothing, and this node is at {held}"));
         }
-        Step::default()
+        if !waiting && !link.mended && self.faults.lost_without_name() {
+            (link.mended, link.awaiting_full) = (true, true);
+            return Step { send: Some(refetch_everything()), ..Step::default() };
+        }
+        let send = if waiting { None } else { self.faults.refetch(u32::MAX) };
+        Step { send, ..Step::default() }
     }
 
     fn update(&mut self, update: raw::Update, now: Now) -> Step {
@@ -420,7 +447,8 @@ impl Session {
             }
         };
         let commit = update.commit;
-        if let Err(error) = transaction.stage(update, &self.state, &mut self.interner, now.wall) {
+        let held = transaction::Held { state: &self.state, identity: Some(&self.identity), now: now.wall };
+        if let Err(error) = transaction.stage(update, &held, &mut self.interner) {
             return Step::end(format!("an Update that cannot be read: {error}"));
         }
         if commit {
@@ -486,7 +514,7 @@ impl Session {
             self.interner.shrink();
         }
         Step {
-            send: outcome.refetch.then(|| self.faults.refetch()).flatten(),
+            send: outcome.refetch.then(|| self.faults.refetch(HASTY_REFETCHES)).flatten(),
             committed: Some(Committed {
                 changes: outcome.changes,
                 services: outcome.services,
@@ -511,41 +539,10 @@ impl Session {
     }
 }
 
-impl Replay {
-    /// Takes an update in; returns the position where it commits.
-    pub(crate) fn update(
-        &mut self,
-        update: raw::Update,
-        interner: &mut Interner,
-    ) -> Result<Option<Position>, String> {
-        let to = update.to.as_ref().and_then(Position::from_wire).ok_or("an update without position")?;
-        let mut transaction = match self.staged.take() {
-            Some(staged) if staged.to == to => staged,
-            Some(_) => return Err("a transaction was not committed".to_owned()),
-            None => Transaction::new(to, update.full),
-        };
-        let commit = update.commit;
-        transaction
-            .stage(update, &self.state, interner, SystemTime::UNIX_EPOCH)
-            .map_err(|error| error.to_string())?;
-        if !commit {
-            self.staged = Some(transaction);
-            return Ok(None);
-        }
-        if let Some(why) = transaction.fault() {
-            // Damage that a digest would explain away is damage all the same.
-            return Err(why.to_owned());
-        }
-        transaction
-            .commit(&mut self.state, &mut Faults::default())
-            .map_err(|digest| format!("a transaction adds up to {digest}, not to {}", to.digest))?;
-        Ok(Some(to))
-    }
-
-    /// The state after the last commit.
-    pub(crate) fn into_state(self) -> State {
-        self.state
-    }
+/// What a client lacks in order to program a Service.
+fn lacking(identity: &Identity, service: &Service) -> Option<Feature> {
+    let can = |feature: Feature| identity.features.iter().any(|it| *it as i64 == feature as i64);
+    service.required_features().into_iter().find(|feature| !can(*feature))
 }
 
 enum Begin {

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! It decides nothing about state: that is the [`Session`](crate::Session)'s. It looks at
-//! messages only to set its own pace: a stream that brought the client up to date resets the
-//! backoff, a Goodbye says how long to stay away.
+//! messages only to set its own pace: a stream that brought the client up to date and lasted
+//! resets the backoff, a Goodbye says how long to stay away.
 //!
 //! Both channels are bounded. When the owner is busy, events wait, the stream is not read, and
 //! HTTP/2 makes the server wait; the connection stays alive meanwhile.
@@ -18,7 +18,7 @@ mod dial;
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lockstep_wire::{raw, v1};
 use tokio::sync::{mpsc, oneshot};
@@ -31,6 +31,8 @@ pub use dial::{ConfigError, Security, Servers};
 
 /// Requests that may wait for the network: Hello, a few reports, a Refetch.
 const OUTBOX: usize = 16;
+/// A stream that lasted this long shows that its server is well.
+const SETTLED: Duration = Duration::from_secs(10);
 /// Opening a stream takes at most this long.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
 /// What the last requests may take to leave.
@@ -102,6 +104,7 @@ pub async fn run<E: From<Event>>(servers: Servers, node_name: &str, events: mpsc
     let mut state = LogState::Start;
     loop {
         let server = servers.get(turn);
+        let dialled = Instant::now();
         let ended = match server.connect().await {
             Ok(channel) => {
                 let ended = follow(channel, &events, || {
@@ -118,7 +121,8 @@ pub async fn run<E: From<Event>>(servers: Servers, node_name: &str, events: mpsc
         };
         state = state.report(node_name, &server.to_string(), &ended);
         turn += 1;
-        if ended.useful {
+        // A server that greets and falls over, again and again, is not to be met at full speed.
+        if ended.useful && dialled.elapsed() >= SETTLED {
             backoff.reset();
         }
         let wait = backoff.next(ended.away, ended.superseded);

@@ -1,11 +1,15 @@
 //! Resources that the server sent and the session could not take in.
 
 use std::collections::BTreeMap;
+use std::time::SystemTime;
 
-use lockstep_model::{Digest, Key, State};
+use lockstep_model::{Digest, Feature, Key, State, Version};
 use lockstep_wire::v1;
 
-use crate::report::Failure;
+use crate::report::{Failure, FailureReason, InForce};
+
+/// Faults without a name that are told apart; more say nothing more.
+const NAMELESS: usize = 16;
 
 /// A resource that could not be taken in.
 #[derive(Debug, Clone)]
@@ -13,6 +17,24 @@ pub(super) struct Fault {
     pub(super) failure: Failure,
     /// True = another copy may be better: it is asked for again.
     pub(super) lost: bool,
+}
+
+impl Fault {
+    /// A Service that this client held and can no longer program.
+    pub(super) fn unsupported(key: Key, version: Option<Version>, feature: Feature) -> Self {
+        let message = format!("{} needs {feature:?}, which this node cannot program", key.service());
+        let failure = Failure {
+            key: Some(key),
+            version,
+            in_force: InForce::Nothing,
+            reason: FailureReason::Unsupported,
+            message,
+            retrying: false,
+            attempts: 1,
+            first_seen: SystemTime::now(),
+        };
+        Self { failure, lost: false }
+    }
 }
 
 /// Every such resource: at most one fault per key, and those that have not even a key.
@@ -54,13 +76,29 @@ impl Faults {
             Some(key) => {
                 self.named.insert(key, fault);
             }
+            // A kind of resource that is not known changes as often as others do: it is reported once.
+            None if self.nameless.len() >= NAMELESS => {}
+            None if self.nameless.iter().any(|known| known.message == fault.failure.message) => {}
             None => self.nameless.push(fault.failure),
         }
     }
 
-    /// The request that asks for them again; `None` where there are none with a name.
-    pub(super) fn refetch(&self) -> Option<v1::SyncRequest> {
+    /// The request that asks again for what another copy may mend and was tried no more often
+    /// than this; `None` where there is nothing of the kind.
+    pub(super) fn refetch(&self, tried: u32) -> Option<v1::SyncRequest> {
+        let again = |fault: &Fault| fault.lost && fault.failure.attempts <= tried;
+        let mut keys = self.named.iter().filter(|(_, fault)| again(fault)).map(|(key, _)| key).peekable();
+        keys.peek().is_some().then(|| super::refetch(keys))
+    }
+
+    /// The request that asks for everything with a name again.
+    pub(super) fn refetch_all(&self) -> Option<v1::SyncRequest> {
         (!self.named.is_empty()).then(|| super::refetch(self.named.keys()))
+    }
+
+    /// True where something is missing that cannot be asked for by name.
+    pub(super) fn lost_without_name(&self) -> bool {
+        self.nameless.iter().any(|failure| failure.retrying)
     }
 
     /// True where `state`, together with what could not be taken in, adds up to `expected`.

@@ -1,4 +1,5 @@
 mod property;
+mod stubborn;
 
 use std::time::Duration;
 
@@ -367,7 +368,7 @@ fn an_ack_counts_only_in_the_epoch_of_the_server() {
     session.connected(at(0));
     session.receive(new.welcome(v1::ResumeMode::Full), at(0));
     let ack = ack_of(&session, &report);
-    assert_eq!((ack.received_seq, ack.applied_seq), (0, 0));
+    assert_eq!((ack.received_seq, ack.applied_seq, ack.outcome()), (0, 0, v1::Outcome::Received));
     assert_eq!(ack.position.unwrap().epoch, 8);
     session.receive(new.full().remove(0), at(0));
     let ack = ack_of(&session, &report);

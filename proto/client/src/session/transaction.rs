@@ -4,15 +4,32 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use lockstep_model::{Digest, Interner, Key, Kind, Resource, ServiceKey, State, Version, canonical};
+use lockstep_model::{Digest, Feature, Interner, Key, Kind, Resource, ServiceKey, State, Version, canonical};
 use lockstep_wire::{
     DecodeError, batch, decode_endpoint_set, decode_key, decode_patch, decode_service, raw, v1,
 };
 
-use super::Change;
 use super::fault::{Fault, Faults};
+use super::{Change, Identity, lacking};
 use crate::Position;
 use crate::report::{Failure, FailureReason, InForce};
+
+/// What a transaction builds on.
+pub(super) struct Held<'a> {
+    pub(super) state: &'a State,
+    /// Who takes it in; `None` = whatever was taken in before is.
+    pub(super) identity: Option<&'a Identity>,
+    pub(super) now: SystemTime,
+}
+
+impl Held<'_> {
+    fn lacking(&self, resource: &Resource) -> Option<Feature> {
+        match (self.identity, resource) {
+            (Some(identity), Resource::Service(service)) => lacking(identity, service),
+            _ => None,
+        }
+    }
+}
 
 /// A transaction under way.
 pub(super) struct Transaction {
@@ -57,14 +74,12 @@ impl Transaction {
         Self { to, work, trigger: None, faults: Vec::new(), unpacker: None }
     }
 
-    /// Takes one message in. `held` is the state the transaction builds on. An error concerns
-    /// the message as a whole: the stream is of no use.
+    /// Takes one message in. An error concerns the message as a whole: the stream is of no use.
     pub(super) fn stage(
         &mut self,
         update: raw::Update,
-        held: &State,
+        held: &Held<'_>,
         interner: &mut Interner,
-        now: SystemTime,
     ) -> Result<(), batch::UnpackError> {
         let trigger = update.trigger_time.and_then(|time| SystemTime::try_from(time).ok());
         self.trigger = match (self.trigger, trigger) {
@@ -78,15 +93,15 @@ impl Transaction {
         }
         for resource in batch.upserts {
             let result = self.upsert(resource, held, interner);
-            self.keep(result, held, now);
+            self.keep(result, held);
         }
         for gone in batch.removals {
             let result = self.removal(&gone);
-            self.keep(result, held, now);
+            self.keep(result, held);
         }
         for patch in batch.patches {
-            let result = self.patch(&patch, held, interner);
-            self.keep(result, held, now);
+            let result = self.patch(&patch, held.state, interner);
+            self.keep(result, held);
         }
         Ok(())
     }
@@ -104,7 +119,7 @@ impl Transaction {
         }
     }
 
-    fn keep(&mut self, result: Result<Change, Refused>, held: &State, now: SystemTime) {
+    fn keep(&mut self, result: Result<Change, Refused>, held: &Held<'_>) {
         let refused = match (result, &mut self.work) {
             (Ok(change), Work::Changes(changes)) => return changes.push(change),
             (Ok(Change::Upsert(version, resource)), Work::Replacement(state)) => {
@@ -117,7 +132,7 @@ impl Transaction {
             }
             (Err(refused), _) => refused,
         };
-        let before = refused.key.as_ref().and_then(|key| held.get(key));
+        let before = refused.key.as_ref().and_then(|key| held.state.get(key));
         let in_force = match (&refused.key, &before) {
             (None, _) => InForce::Unknown,
             (_, Some(_)) => InForce::Previous,
@@ -136,7 +151,7 @@ impl Transaction {
                 message: refused.message,
                 retrying: refused.lost,
                 attempts: 1,
-                first_seen: now,
+                first_seen: held.now,
             },
             lost: refused.lost,
         });
@@ -145,7 +160,7 @@ impl Transaction {
     fn upsert(
         &self,
         resource: raw::Resource,
-        held: &State,
+        held: &Held<'_>,
         interner: &mut Interner,
     ) -> Result<Change, Refused> {
         let announced = Version::from_bytes(&resource.version);
@@ -173,9 +188,9 @@ impl Transaction {
                 lost: true,
             });
         }
-        if matches!(self.work, Work::Replacement(_)) && !held.is_empty() {
+        if matches!(self.work, Work::Replacement(_)) && !held.state.is_empty() {
             // Most of a repeated snapshot is held already: no need to decode it again.
-            let same = decode_key(kind, &body).and_then(|key| held.get(&key));
+            let same = decode_key(kind, &body).and_then(|key| held.state.get(&key));
             if let Some((same, resource)) = same.filter(|(same, _)| *same == version) {
                 return Ok(Change::Upsert(same, resource));
             }
@@ -184,9 +199,16 @@ impl Transaction {
             Kind::Service => decode_service(&body, interner).map(Resource::from),
             Kind::EndpointSet => decode_endpoint_set(&body, interner).map(Resource::from),
         };
-        decoded
-            .map(|resource| Change::Upsert(version, resource))
-            .map_err(|error| Refused::undecodable(decode_key(kind, &body), Some(version), &error))
+        let resource =
+            decoded.map_err(|error| Refused::undecodable(decode_key(kind, &body), Some(version), &error))?;
+        match held.lacking(&resource) {
+            None => Ok(Change::Upsert(version, resource)),
+            Some(feature) => {
+                let failure = Fault::unsupported(resource.key(), Some(version), feature).failure;
+                let Failure { key, version, reason, message, .. } = failure;
+                Err(Refused { key, version, reason, message, lost: false })
+            }
+        }
     }
 
     fn removal(&self, gone: &v1::ResourceRef) -> Result<Change, Refused> {
