@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use lockstep_client::transport::{Security, Servers};
+use tracing_subscriber::EnvFilter;
 
 /// The configuration cannot be used.
 pub const EXIT_CONFIG: u8 = 2;
@@ -21,6 +22,10 @@ pub const EXIT_NOT_BUILT: u8 = 4;
 pub const EXIT_FAILED: u8 = 1;
 
 const AFTER_HELP: &str = "\
+Environment:
+  LOCKSTEP_LOG  which log lines are written: off, error, warn, info (default), debug, trace, also per
+                module: info,lockstep_client=debug
+
 Exit codes:
   0  ended by SIGTERM or SIGINT (rules stay in force), or cleanup done
   1  the agent failed, or cleanup could not remove everything
@@ -203,16 +208,26 @@ fn read(flag: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
 }
 
 impl LogFormat {
-    /// Sends the log to standard error. `RUST_LOG` filters; without it: info and worse.
+    /// Sends the log to standard error. `LOCKSTEP_LOG` filters; without it: info and worse.
     pub fn install(self) {
-        let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        let asked = std::env::var("LOCKSTEP_LOG").unwrap_or_default();
+        let parsed =
+            if asked.trim().is_empty() { Ok(EnvFilter::new("info")) } else { EnvFilter::try_new(&asked) };
+        let fault = parsed.as_ref().err().map(ToString::to_string);
+        let filter = parsed.unwrap_or_else(|_| EnvFilter::new("info"));
         let colours = std::io::stderr().is_terminal();
         let log =
             tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
         match self {
             LogFormat::Text => log.init(),
             LogFormat::Json => log.json().init(),
+        }
+        if let Some(fault) = fault {
+            tracing::warn!(
+                LOCKSTEP_LOG = asked,
+                fault,
+                "the log filter cannot be read, logging info and worse"
+            );
         }
     }
 }

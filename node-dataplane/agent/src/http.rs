@@ -35,6 +35,8 @@ struct Health {
     stale: bool,
     /// A control plane is connected. Not part of being healthy.
     connected: bool,
+    /// The cluster has no Node object of this agent's name. Not part of being healthy either.
+    node_unknown: bool,
     mode: &'static str,
 }
 
@@ -67,6 +69,7 @@ fn health(snapshot: &Snapshot, now: Instant, wall: SystemTime) -> (bool, String)
         healthy,
         stale: snapshot.stale,
         connected: snapshot.connected,
+        node_unknown: snapshot.node_unknown,
         mode: snapshot.mode,
     };
     // Numbers, texts and flags always serialise.
@@ -180,7 +183,7 @@ mod tests {
         assert!(healthy, "losing the control plane does not flip it");
         assert_eq!(
             body,
-            r#"{"lastUpdated":"2026-11-21 04:00:00.000 +0000 UTC","currentTime":"2026-11-21 04:00:00.000 +0000 UTC","healthy":true,"stale":true,"connected":false,"mode":"nftables"}"#
+            r#"{"lastUpdated":"2026-11-21 04:00:00.000 +0000 UTC","currentTime":"2026-11-21 04:00:00.000 +0000 UTC","healthy":true,"stale":true,"connected":false,"nodeUnknown":false,"mode":"nftables"}"#
         );
     }
 }

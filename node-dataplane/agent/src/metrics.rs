@@ -2,7 +2,8 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lockstep_model::Family as IpFamily;
+use lockstep_client::session::Committed;
+use lockstep_model::{Family as IpFamily, Kind};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -23,6 +24,10 @@ pub struct Metrics {
     network_programming: Family<FamilyLabel, Histogram>,
     last_sync: Family<FamilyLabel, Gauge<f64, std::sync::atomic::AtomicU64>>,
     last_queued: Family<FamilyLabel, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    service_changes: Counter,
+    service_changes_pending: Gauge,
+    endpoint_changes: Counter,
+    endpoint_changes_pending: Gauge,
     phases: Family<PhaseLabel, Histogram>,
     /// Passes the backend refused.
     pub backend_errors: Counter,
@@ -51,6 +56,31 @@ struct FamilyLabel {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PhaseLabel {
     phase: &'static str,
+}
+
+/// How many changes, as kube-proxy counts them: objects, whichever way they changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Changes {
+    /// Of Services.
+    pub services: u64,
+    /// Of EndpointSlices.
+    pub endpoints: u64,
+}
+
+impl Changes {
+    /// Those of a transaction.
+    pub fn of(committed: &Committed) -> Self {
+        let services = committed.changes.iter().filter(|change| change.key().kind() == Kind::Service).count();
+        let endpoints = committed.changes.len() - services;
+        Self { services: services as u64, endpoints: endpoints as u64 }
+    }
+}
+
+impl std::ops::AddAssign for Changes {
+    fn add_assign(&mut self, more: Self) {
+        self.services += more.services;
+        self.endpoints += more.endpoints;
+    }
 }
 
 /// Part of a programming pass.
@@ -97,6 +127,10 @@ impl Metrics {
             network_programming: Family::new_with_constructor(network_histogram),
             last_sync: Family::default(),
             last_queued: Family::default(),
+            service_changes: Counter::default(),
+            service_changes_pending: Gauge::default(),
+            endpoint_changes: Counter::default(),
+            endpoint_changes_pending: Gauge::default(),
             phases: Family::new_with_constructor(sync_histogram),
             backend_errors: Counter::default(),
             drift_repairs: Counter::default(),
@@ -156,6 +190,18 @@ impl Metrics {
             Unit::Seconds,
             self.last_queued.clone(),
         );
+        let text = "Changes of Services";
+        kube.register("sync_proxy_rules_service_changes", text, self.service_changes.clone());
+        let text = "Changes of Services that are not programmed yet";
+        kube.register("sync_proxy_rules_service_changes_pending", text, self.service_changes_pending.clone());
+        let text = "Changes of EndpointSlices";
+        kube.register("sync_proxy_rules_endpoint_changes", text, self.endpoint_changes.clone());
+        let text = "Changes of EndpointSlices that are not programmed yet";
+        kube.register(
+            "sync_proxy_rules_endpoint_changes_pending",
+            text,
+            self.endpoint_changes_pending.clone(),
+        );
     }
 
     fn register_own(&self, registry: &mut Registry) {
@@ -192,6 +238,14 @@ impl Metrics {
         for family in &self.families {
             self.last_queued.get_or_create(family).set(seconds(at));
         }
+    }
+
+    /// Changes that arrived, and all that are not programmed yet.
+    pub fn changes(&self, new: Changes, pending: Changes) {
+        self.service_changes.inc_by(new.services);
+        self.endpoint_changes.inc_by(new.endpoints);
+        self.service_changes_pending.set(i64::try_from(pending.services).unwrap_or(i64::MAX));
+        self.endpoint_changes_pending.set(i64::try_from(pending.endpoints).unwrap_or(i64::MAX));
     }
 
     /// A pass is done and in force. `trigger` is what it goes back to.

@@ -17,7 +17,7 @@ mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use lockstep_client::cache::{Cache, Restored};
 use lockstep_client::session::{Committed, Identity, Now, Session, Step};
@@ -28,7 +28,7 @@ use lockstep_view::{Backend, View, ViewConfig};
 use lockstep_wire::v1;
 use tokio::sync::mpsc;
 
-use crate::metrics::Metrics;
+use crate::metrics::{Changes, Metrics};
 use crate::status::Status;
 use failures::Failures;
 use pace::Pace;
@@ -36,12 +36,17 @@ use pace::Pace;
 /// Events taken in before a pass at most, so that a flood cannot keep the kernel waiting.
 const MERGE: usize = 64;
 
+/// What is done from time to time is done no more often than this, however busy the loop is.
+const CHORES_EVERY: Duration = Duration::from_millis(100);
+/// Names that no resource uses any more are dropped this often.
+const SHRINK_EVERY: Duration = Duration::from_secs(600);
+
 /// Everything that can happen to the loop.
 #[derive(Debug)]
 pub enum Event {
     /// The connection to the control plane.
     Link(transport::Event),
-    /// Time passed.
+    /// Wakes the loop up, so that it sees that time passed.
     Tick,
     /// The process is asked to end.
     Shutdown,
@@ -92,9 +97,13 @@ pub struct Reconciler {
     confirmed: bool,
     /// The view knows the whole state.
     viewed: bool,
-    ticks: u64,
+    chores_at: Instant,
+    shrink_at: Instant,
     /// Read-backs in a row that differed.
     differing: u32,
+    /// A read-back differed and nothing counts as verified until everything has been compared,
+    /// which is due then. Changes go on meanwhile.
+    recheck_at: Option<Instant>,
     /// When the log last spoke of a repair.
     repair_logged: Option<Instant>,
     status: Arc<Status>,
@@ -115,6 +124,10 @@ struct Pending {
     full: bool,
     since: Option<Now>,
     trigger: Option<SystemTime>,
+    /// Transactions that this merges.
+    transactions: u32,
+    /// Changes of Services and of endpoint sets in them.
+    changes: Changes,
     /// Taken in, not handed to the cache yet: kernel first, then the ack, then the disk.
     committed: Vec<Committed>,
 }
@@ -162,8 +175,10 @@ impl Reconciler {
             programmed: false,
             confirmed: false,
             viewed: false,
-            ticks: 0,
+            chores_at: now.monotonic,
+            shrink_at: now.monotonic + SHRINK_EVERY,
             differing: 0,
+            recheck_at: None,
             repair_logged: None,
             status: parts.status,
             metrics: parts.metrics,
@@ -173,7 +188,7 @@ impl Reconciler {
 
     /// Runs until it is asked to end, or until nobody can ask any more.
     pub fn run(mut self, mut events: mpsc::Receiver<Event>) {
-        self.work(Now::read());
+        self.turn(Now::read());
         while let Some(event) = events.blocking_recv() {
             let mut go_on = self.take(event, Now::read());
             // What arrived in the meantime belongs to the same pass.
@@ -184,18 +199,38 @@ impl Reconciler {
             if !go_on || self.stopping.load(Ordering::Relaxed) {
                 break;
             }
-            self.work(Now::read());
+            self.turn(Now::read());
         }
         let applied = self.report.applied.map(|position| position.to_string()).unwrap_or_default();
         tracing::info!(applied, "ending; the rules stay in force");
         self.acknowledge();
     }
 
+    /// Everything that is due. Ticks only wake the loop up: what depends on the time is not put
+    /// off by a flood of changes that leaves no room for them.
+    fn turn(&mut self, now: Now) {
+        let chores = now.monotonic >= self.chores_at;
+        if chores {
+            self.chores_at = now.monotonic + CHORES_EVERY;
+            self.chores(now);
+        }
+        self.work(now);
+        if !chores {
+            return;
+        }
+        if self.ack_due {
+            self.acknowledge();
+        }
+        if !self.pending.any && self.programmed {
+            self.look_around(now);
+        }
+    }
+
     /// Takes an event in. False = the loop is to end.
     fn take(&mut self, event: Event, now: Now) -> bool {
         match event {
             Event::Shutdown => return false,
-            Event::Tick => self.tick(now),
+            Event::Tick => {}
             Event::Link(transport::Event::Connected(outbox)) => {
                 let hello = self.session.connected(now);
                 self.outbox = Some(outbox);
@@ -205,7 +240,10 @@ impl Reconciler {
                 let step = self.session.receive(*frame, now);
                 self.step(step, now);
             }
-            Event::Link(transport::Event::Lost(_)) => self.lost(),
+            Event::Link(transport::Event::Lost(_)) => {
+                self.metrics.disconnects.inc();
+                self.lost();
+            }
         }
         true
     }
@@ -214,7 +252,6 @@ impl Reconciler {
         self.session.disconnected();
         self.outbox = None;
         self.confirmed = false;
-        self.metrics.disconnects.inc();
         self.status.update(|status| status.connected = false);
     }
 
@@ -239,9 +276,11 @@ impl Reconciler {
         if !std::mem::replace(&mut self.confirmed, true) && self.session.node().uid.is_none() {
             self.warn_of_no_node();
         }
+        let node_unknown = self.session.node().uid.is_none();
         self.status.update(|status| {
             status.connected = true;
             status.stale = false;
+            status.node_unknown = node_unknown;
             status.confirmed = Some(now.wall);
         });
     }
@@ -277,6 +316,11 @@ impl Reconciler {
             );
         }
         self.pending.wait(now);
+        self.pending.transactions = self.pending.transactions.saturating_add(1);
+        self.pending.changes += Changes::of(&committed);
+        self.metrics.changes(Changes::of(&committed), self.pending.changes);
+        // Said by the pass at hand, or by the next chores where there is none for a while.
+        self.ack_due = true;
         self.pending.services.extend_from_slice(&committed.services);
         self.pending.trigger = match (self.pending.trigger, committed.trigger) {
             (Some(a), Some(b)) => Some(a.min(b)),
@@ -288,8 +332,7 @@ impl Reconciler {
         });
     }
 
-    fn tick(&mut self, now: Now) {
-        self.ticks += 1;
+    fn chores(&mut self, now: Now) {
         if let Some(why) = self.session.tick(now) {
             tracing::warn!(why, "giving the connection up");
             self.lost();
@@ -299,19 +342,13 @@ impl Reconciler {
             self.pending.wait(now);
             self.pending.retries = due;
         }
-        if self.ack_due {
-            self.acknowledge();
-        }
-        if !self.pending.any && self.programmed {
-            self.look_around(now);
-        }
         if let (Some(cache), Some(position)) = (&mut self.cache, self.session.position())
             && self.pending.committed.is_empty()
         {
             cache.catch_up(position, self.session.node(), self.session.state());
         }
-        // Every ten minutes or so; names come and go slowly.
-        if self.ticks.is_multiple_of(3_000) {
+        if now.monotonic >= self.shrink_at {
+            self.shrink_at = now.monotonic + SHRINK_EVERY;
             self.session.shrink();
         }
     }

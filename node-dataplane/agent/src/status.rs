@@ -25,6 +25,8 @@ pub struct Snapshot {
     pub confirmed: Option<SystemTime>,
     /// A control plane has answered on the live connection.
     pub connected: bool,
+    /// The control plane says that the cluster has no Node object of this name.
+    pub node_unknown: bool,
     /// Transactions in force, in the control plane's count.
     pub applied_seq: u64,
     /// Of these, read back.

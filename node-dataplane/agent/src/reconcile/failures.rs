@@ -12,6 +12,8 @@ use lockstep_view::{Conflict, ForwardingPlan, Surface};
 /// The first retry of a Service comes after this long, each further one after twice as long.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(300);
+/// A pass names so many Services in the log at most, of each kind.
+const LOGGED: usize = 5;
 
 /// Every Service that is not in force as it should be.
 #[derive(Debug, Default)]
@@ -37,16 +39,17 @@ impl Failures {
     }
 
     /// Takes over the complete list that a pass returned. `tried` tells which Services the pass
-    /// was about.
+    /// was about. True where the list is another than before.
     pub(super) fn passed(
         &mut self,
         failures: Vec<ServiceFailure>,
         tried: impl Fn(&ServiceKey) -> bool,
         now: Now,
-    ) {
+    ) -> bool {
         if failures.is_empty() && self.backend.is_empty() {
-            return;
+            return false;
         }
+        let (mut news, mut over) = (0_usize, 0_usize);
         let mut before = std::mem::take(&mut self.backend);
         for failure in failures {
             let key = failure.service.clone();
@@ -54,33 +57,47 @@ impl Failures {
                 Some(known) if !tried(&key) => Entry { what: failure, ..known },
                 Some(known) => Entry::tried(failure, known.since, known.attempts + 1, now),
                 None => {
-                    tracing::warn!(service = %key, kind = ?failure.kind, cause = failure.message, "a Service is not in force as it should be");
+                    if count(&mut news) {
+                        tracing::warn!(service = %key, kind = ?failure.kind, cause = failure.message, "a Service is not in force as it should be");
+                    }
                     Entry::tried(failure, now, 1, now)
                 }
             };
             self.backend.insert(key, entry);
         }
         for key in before.keys() {
-            tracing::info!(service = %key, "a Service that failed is in force");
+            if count(&mut over) {
+                tracing::info!(service = %key, "a Service that failed is in force");
+            }
         }
+        if news.max(over) > LOGGED {
+            tracing::warn!(failed = news, mended = over, "more Services than the log names; every ack does");
+        }
+        news + over > 0
     }
 
     /// Looks at the plan of the Services that changed.
     pub(super) fn planned(&mut self, plan: &ForwardingPlan, changed: &[ServiceKey], now: Now) {
+        let (mut news, mut over) = (0_usize, 0_usize);
         for key in changed {
             let conflicts = plan.services.get(key).map(|service| &service.conflicts[..]).unwrap_or_default();
             if conflicts.is_empty() {
-                if !self.conflicts.is_empty() && self.conflicts.remove(key).is_some() {
+                if !self.conflicts.is_empty() && self.conflicts.remove(key).is_some() && count(&mut over) {
                     tracing::info!(service = %key, "the conflict of a Service is over");
                 }
                 continue;
             }
             let known = self.conflicts.get(key).filter(|entry| entry.what == conflicts);
             if known.is_none() {
-                tracing::warn!(service = %key, conflicts = describe(conflicts), "part of a Service belongs to another");
+                if count(&mut news) {
+                    tracing::warn!(service = %key, conflicts = describe(conflicts), "part of a Service belongs to another");
+                }
                 let entry = Entry { what: conflicts.to_vec(), since: now, attempts: 1, retry_at: None };
                 self.conflicts.insert(key.clone(), entry);
             }
+        }
+        if news.max(over) > LOGGED {
+            tracing::warn!(conflicts = news, over, "more conflicts than the log names; every ack does");
         }
     }
 
@@ -134,6 +151,12 @@ impl Entry<ServiceFailure> {
         let retry_at = (what.kind != FailureKind::Unsupported).then(|| now.monotonic + wait);
         Self { what, since, attempts, retry_at }
     }
+}
+
+/// Counts one more; true while it is to be logged.
+fn count(so_far: &mut usize) -> bool {
+    *so_far += 1;
+    *so_far <= LOGGED
 }
 
 /// `10.0.0.1:80/TCP belongs to shop/cart`, for each.

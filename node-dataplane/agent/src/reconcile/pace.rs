@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// A look for foreign changes costs next to nothing; a repair must begin within a second.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// The audit's share of one core is one part in this many.
 const AUDIT_SHARE: u32 = 100;
 /// What one audit step should take.
@@ -16,6 +16,11 @@ const REPAIR_SHARE: u32 = 4;
 /// Backoff of a backend that refuses.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// How long to wait before the next try, by the number of bad outcomes before the last.
+pub(super) fn retry(outcomes: u32) -> Duration {
+    FIRST_RETRY.saturating_mul(2u32.saturating_pow(outcomes)).min(LAST_RETRY)
+}
 
 /// The loop's timetable.
 #[derive(Debug)]
@@ -58,15 +63,9 @@ impl Pace {
 
     /// The backend refused: how long until the next try.
     pub(super) fn refused(&mut self, now: Instant) -> Duration {
-        let wait = self.hold(self.refusals, now);
-        self.refusals = self.refusals.saturating_add(1);
-        wait
-    }
-
-    /// No pass for a while, by the number of bad outcomes so far. Returns how long.
-    pub(super) fn hold(&mut self, outcomes: u32, now: Instant) -> Duration {
-        let wait = FIRST_RETRY.saturating_mul(2u32.saturating_pow(outcomes)).min(LAST_RETRY);
+        let wait = retry(self.refusals);
         self.program_at = Some(now + wait);
+        self.refusals = self.refusals.saturating_add(1);
         wait
     }
 

@@ -10,8 +10,8 @@ use lockstep_model::ServiceKey;
 use lockstep_view::Changed;
 use lockstep_view::backend::{Applied, BackendError, Drift};
 
-use super::{Pending, Reconciler};
-use crate::metrics::Phase;
+use super::{Pending, Reconciler, pace};
+use crate::metrics::{Changes, Phase};
 
 /// A read-back that differs this many times in a row, each time after comparing everything, is
 /// reported as a fault of the backend.
@@ -25,8 +25,12 @@ impl Reconciler {
     /// Programs what waits, if anything does and if it is time.
     pub(super) fn work(&mut self, now: Now) {
         let Some(position) = self.session.position() else { return };
-        if !self.pending.any || !self.pace.may_program(now.monotonic) {
+        let recheck = self.recheck_at.is_some_and(|at| now.monotonic >= at);
+        if !self.pending.any && !recheck {
             return;
+        }
+        if !self.pace.may_program(now.monotonic) {
+            return self.wait_for_backend(now);
         }
         let mut pending = std::mem::take(&mut self.pending);
         let since = *pending.since.get_or_insert(now);
@@ -38,7 +42,7 @@ impl Reconciler {
             self.acknowledge();
         }
         let changed = self.decide(&mut pending, now);
-        let full = pending.full || !self.programmed;
+        let full = pending.full || recheck || !self.programmed;
         let viewed = Instant::now();
         let result = if full {
             self.backend.sync(self.view.plan()).map(Some)
@@ -52,7 +56,7 @@ impl Reconciler {
             queue: started.saturating_duration_since(since.monotonic),
             program: done - started,
             verify: None,
-            coalesced: u32::try_from(pending.committed.len()).unwrap_or(u32::MAX).max(1),
+            coalesced: pending.transactions.max(1),
             kernel_objects_changed: 0,
             full_sync: full,
         };
@@ -60,8 +64,13 @@ impl Reconciler {
         self.metrics.phase(Phase::View, viewed - started);
         self.metrics.phase(Phase::Apply, done - viewed);
         match result {
-            Err(error) => self.refused(&error, Some(since), pending.trigger),
+            Err(error) => {
+                self.pending.transactions = pending.transactions;
+                self.pending.changes = pending.changes;
+                self.refused(&error, Some(since), pending.trigger);
+            }
             Ok(applied) => {
+                self.metrics.changes(Changes::default(), Changes::default());
                 self.programmed(position, applied, stats, |key| full || changed.binary_search(key).is_ok());
                 let took = done.saturating_duration_since(started);
                 let wall = now.wall + done.saturating_duration_since(now.monotonic);
@@ -70,6 +79,18 @@ impl Reconciler {
             }
         }
         self.keep(pending.committed);
+    }
+
+    /// The backend refused and is given time. The plan and the disk go on, so that what waits
+    /// does not grow: everything will be compared anyway.
+    fn wait_for_backend(&mut self, now: Now) {
+        let mut pending = std::mem::take(&mut self.pending);
+        if !pending.services.is_empty() {
+            self.decide(&mut pending, now);
+            pending.services.clear();
+        }
+        self.keep(std::mem::take(&mut pending.committed));
+        self.pending = Pending { any: true, full: true, ..pending };
     }
 
     /// Brings the plan up to date. Returns the Services the backend must look at, sorted.
@@ -105,6 +126,7 @@ impl Reconciler {
         }
         self.accepted();
         if stats.full_sync {
+            self.recheck_at = None;
             tracing::info!(
                 position = %position, objects_changed = stats.kernel_objects_changed,
                 took_ms = stats.program.as_millis(), "compared everything with the kernel"
@@ -140,6 +162,8 @@ impl Reconciler {
             stats.verify = Some(took);
         }
         match result {
+            // Only what was written last was read: an older difference is still open.
+            Ok(drift) if drift.is_empty() && self.recheck_at.is_some() => {}
             Ok(drift) if drift.is_empty() => {
                 self.differing = 0;
                 self.recovered();
@@ -148,7 +172,7 @@ impl Reconciler {
                 self.acknowledge();
             }
             Ok(drift) => {
-                self.differing += 1;
+                self.differing = self.differing.saturating_add(1);
                 let text = describe(&drift);
                 tracing::warn!(
                     drift = text,
@@ -156,11 +180,12 @@ impl Reconciler {
                 );
                 if self.differing >= STUBBORN {
                     self.report.backend_error = format!("the kernel does not keep what is written: {text}");
-                    self.acknowledge();
                 }
-                let now = Now::read();
-                self.pace.hold(self.differing, now.monotonic);
-                self.compare_everything(now);
+                // What was verified before may be what differs.
+                self.report.verified = None;
+                self.recheck_at = Some(Instant::now() + pace::retry(self.differing));
+                self.mirror();
+                self.acknowledge();
             }
             Err(error) => self.refused(&error, None, None),
         }
@@ -195,17 +220,26 @@ impl Reconciler {
         let started = Instant::now();
         let applied = match self.backend.sync(self.view.plan()) {
             Ok(applied) => applied,
-            Err(error) => return self.refused(&error, None, None),
+            Err(error) => {
+                self.report.verified = None;
+                return self.refused(&error, None, None);
+            }
         };
         let now = Now::read();
         self.pace.compared(now.monotonic - started, now.monotonic);
         let objects = applied.objects_changed;
-        self.failures.passed(applied.failures, |_| true, now);
+        let news = self.failures.passed(applied.failures, |_| true, now);
+        self.recheck_at = None;
         self.accepted();
         self.status.update(|status| status.programmed = Some(now.wall));
         if objects == 0 {
+            if news {
+                self.mirror();
+                self.acknowledge();
+            }
             return;
         }
+        self.report.verified = None;
         self.report.drift_repairs += 1;
         self.metrics.drift_repairs.inc();
         self.metrics.objects_changed.inc_by(objects as u64);

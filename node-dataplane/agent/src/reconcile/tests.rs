@@ -1,6 +1,7 @@
 //! The loop against a fake kernel, one event at a time, with the time as an argument.
 
 mod fake;
+mod honesty;
 mod server;
 
 use std::sync::Arc;
@@ -75,7 +76,7 @@ impl Bench {
         for event in events {
             self.reconciler.take(event, now);
         }
-        self.reconciler.work(now);
+        self.reconciler.turn(now);
     }
 
     fn tick(&mut self, millis: u64) {

@@ -15,6 +15,8 @@ use lockstep_wire::{convert, v1};
 #[derive(Debug, Clone)]
 pub(super) struct Server {
     pub(super) seq: u64,
+    /// `None` = the cluster has no Node object of the agent's name.
+    pub(super) node_uid: Option<&'static str>,
     state: State,
     /// What the stream has got so far.
     sent: (u64, State),
@@ -26,7 +28,7 @@ pub(super) fn key(index: u8) -> ServiceKey {
 
 impl Server {
     pub(super) fn new() -> Self {
-        Self { seq: 1, state: State::default(), sent: (0, State::default()) }
+        Self { seq: 1, node_uid: Some("uid"), state: State::default(), sent: (0, State::default()) }
     }
 
     /// A Service at an address made of its number and `variant`, with one endpoint.
@@ -105,7 +107,7 @@ impl Server {
     pub(super) fn welcome(&mut self, hello: &v1::Hello) -> Vec<Frame> {
         let in_sync = hello.held.as_ref().is_some_and(|held| held.digest == self.position().digest);
         let mode = if in_sync { v1::ResumeMode::InSync } else { v1::ResumeMode::Full };
-        let node = NodeContext { uid: Some("uid".into()), ..NodeContext::unknown("node-a") };
+        let node = NodeContext { uid: self.node_uid.map(Into::into), ..NodeContext::unknown("node-a") };
         let welcome = v1::Welcome {
             protocol: 1,
             resume_mode: mode as i32,

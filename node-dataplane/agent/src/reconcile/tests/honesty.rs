@@ -1,0 +1,106 @@
+//! What an Ack may say while something is wrong, and that one thing wrong does not hold up the rest.
+
+use lockstep_wire::v1;
+
+use super::{Bench, frame, key};
+
+#[test]
+fn a_repair_that_does_not_read_back_is_not_verified_and_holds_nobody_up() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.connect();
+    assert_eq!(bench.last_ack().outcome(), v1::Outcome::Verified);
+    bench.kernel.lock().misread = 1;
+    bench.kernel.lock().disturb(&key(1));
+    bench.tick(150);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq, ack.drift_repairs), (v1::Outcome::Applied, 0, 1));
+    // A change goes on at once, and its own read-back does not speak for the rest.
+    bench.kernel.lock().calls.clear();
+    bench.server.service(2, 1);
+    let change = frame(bench.server.delta());
+    bench.run(160, vec![change]);
+    assert_eq!(bench.kernel.lock().calls, ["apply shop/cart-2", "verify"]);
+    let ack = bench.last_ack();
+    assert_eq!(
+        (ack.outcome(), ack.applied_seq, ack.verified_seq),
+        (v1::Outcome::Applied, bench.server.seq, 0)
+    );
+    // Everything is compared without anybody asking, and then it is verified.
+    bench.tick(5_000);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
+}
+
+#[test]
+fn drift_that_cannot_be_repaired_is_not_verified() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.connect();
+    bench.acks();
+    bench.kernel.lock().disturb(&key(1));
+    bench.kernel.lock().fail_next = 1;
+    bench.tick(300);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Failed, 0));
+    bench.tick(5_000);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
+    assert_eq!(bench.programmed(), [key(1)]);
+}
+
+#[test]
+fn a_flood_of_changes_does_not_put_off_repairs_and_retries() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.server.service(2, 1);
+    bench.kernel.lock().refuse.insert(key(2));
+    bench.connect();
+    assert_eq!(bench.last_ack().failures.len(), 1);
+    bench.kernel.lock().refuse.clear();
+    bench.kernel.lock().disturb(&key(1));
+    // Never a tick, and never a turn without a change.
+    for round in 1..5 {
+        bench.server.service(3, u8::try_from(round).unwrap());
+        let change = frame(bench.server.delta());
+        bench.run(round * 1_000, vec![change]);
+    }
+    assert_eq!(bench.programmed(), [key(1), key(2), key(3)]);
+    let ack = bench.last_ack();
+    assert_eq!((ack.failures.len(), ack.drift_repairs), (0, 1));
+}
+
+#[test]
+fn a_backend_that_refuses_for_long_costs_no_memory_and_no_honesty() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.connect();
+    bench.acks();
+    bench.kernel.lock().fail_next = u32::MAX;
+    let before = bench.server.seq;
+    for variant in 2..102 {
+        bench.server.service(1, variant);
+        bench.update();
+    }
+    let pending = &bench.reconciler.pending;
+    assert!(pending.committed.is_empty() && pending.services.len() <= 1, "{}", pending.services.len());
+    bench.tick(150);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.received_seq), (v1::Outcome::Failed, bench.server.seq));
+    assert_eq!(ack.applied_seq, before);
+    bench.kernel.lock().fail_next = 0;
+    bench.tick(100_000);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
+    assert_eq!(ack.stats.unwrap().coalesced, 100);
+}
+
+#[test]
+fn a_node_name_that_the_cluster_does_not_know_is_said() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.server.node_uid = None;
+    bench.connect();
+    let snapshot = bench.status.snapshot();
+    assert!(snapshot.node_unknown && snapshot.healthy(bench.at(0).monotonic));
+}
