@@ -64,7 +64,8 @@ pub const POD_CIDRS: &str = "10.244.0.0/16,fd00:244::/32";
 const COMPANION: &str = r#"
 trap '' INT TERM HUP QUIT
 cat >/dev/null
-for name in $(ip netns list | cut -d' ' -f1 | grep "^$1"); do
+# Where another run ends at the same time, ip complains of what it finds half gone.
+for name in $(ip netns list 2>/dev/null | cut -d' ' -f1 | grep "^$1"); do
     for pid in $(ip netns pids "$name"); do kill -KILL "$pid" 2>/dev/null; done
     ip netns del "$name"
 done

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! lab: namespaces, addresses, routes ──> traffic: who answers whom, seeing which source
+//!   │                                                   └─> load: at a steady rate, each judged
 //!   └─> product: control plane and agents inside ──> scenario: manifests, probes, expectations
 //! apiserver: a real Kubernetes API server, for the Kubernetes source
 //! ```
@@ -13,7 +14,9 @@
 
 pub mod apiserver;
 pub mod bench;
+pub mod fixture;
 pub mod lab;
+pub mod load;
 pub mod product;
 pub mod scenario;
 pub mod traffic;

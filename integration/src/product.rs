@@ -4,7 +4,8 @@
 //! Everything is observed from outside: log files, the gRPC contract, the kernel.
 
 use std::fs::{self, File};
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -91,10 +92,15 @@ impl Product {
         Ok(())
     }
 
+    /// What an agent keeps on disk.
+    pub fn state_directory(&self, node: u8, name: &str) -> PathBuf {
+        self.lab.directory().join(format!("state-{}-{name}", Place::Node(node)))
+    }
+
     /// Starts an agent on a node under any name, beside the node's own.
     pub fn spawn_agent(&self, node: u8, name: &str) -> Result<Process> {
         let place = Place::Node(node);
-        let state = self.lab.directory().join(format!("state-{place}-{name}"));
+        let state = self.state_directory(node, name);
         fs::create_dir_all(&state)?;
         let mut command = self.lab.command(place, program(&self.binaries, "lockstep-node")?);
         command.args(["--control-plane", &self.url(), "--node-name", name, "--insecure"]);
@@ -104,6 +110,13 @@ impl Product {
             command.args(["--healthz", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]);
         }
         Process::spawn(&self.lab, &format!("agent-{name}"), command)
+    }
+
+    /// Starts some other program inside a place, with a log of that name.
+    pub fn spawn(&self, name: &str, place: Place, line: &[&str]) -> Result<Process> {
+        let mut command = self.lab.command(place, line[0]);
+        command.args(&line[1..]);
+        Process::spawn(&self.lab, name, command)
     }
 
     /// Starts everything and waits until every node is verified at the head.
@@ -151,6 +164,11 @@ impl Product {
         self.control_plane.as_mut().context("no control plane was started")
     }
 
+    /// Where the control plane's manifests are.
+    pub fn manifests(&self) -> &Path {
+        &self.manifests
+    }
+
     /// Puts a manifest in place at once, as an editor or `mv` does.
     pub fn write_manifest(&self, name: &str, text: &str) -> Result<()> {
         let partial = self.lab.directory().join("manifest.partial");
@@ -180,12 +198,33 @@ impl Product {
 
     /// Makes a change and waits until every node has verified the state after it.
     pub fn change(&self, change: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        let after = self.take_in(change)?;
+        self.wait_verified(after)
+    }
+
+    /// Makes a change and waits until the control plane has it. Returns the head then.
+    pub fn take_in(&self, change: impl FnOnce(&Self) -> Result<()>) -> Result<u64> {
         let before = self.head()?;
         change(self)?;
-        let after = wait_until("the control plane takes the change in", PATIENCE, || {
+        wait_until("the control plane takes the change in", PATIENCE, || {
             Ok(Some(self.head()?).filter(|head| *head > before))
+        })
+    }
+
+    /// `GET` over plain HTTP, asked from inside a place. Returns status and body.
+    pub fn http_get(&self, place: Place, port: u16, path: &str) -> Result<(u16, String)> {
+        let text = self.lab.inside(place, || -> std::io::Result<String> {
+            let mut stream = TcpStream::connect_timeout(&([127, 0, 0, 1], port).into(), PATIENCE)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: {place}\r\nConnection: close\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text)
         })?;
-        self.wait_verified(after)
+        let text = text.with_context(|| format!("{place}: GET {path} at port {port}"))?;
+        let (head, body) = text.split_once("\r\n\r\n").context("no end of the HTTP headers")?;
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        Ok((status.with_context(|| format!("no status in {head:?}"))?, body.to_owned()))
     }
 
     /// Newest transaction of the control plane; 0 = none.

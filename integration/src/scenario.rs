@@ -71,6 +71,9 @@ pub enum Expect {
     Refused,
     /// Nothing comes back.
     Dropped,
+    /// No pod answers, whatever else happens: the address is nobody's, and the packet goes where
+    /// the routes lead.
+    Unanswered,
 }
 
 impl Scenario {
@@ -123,6 +126,10 @@ impl Probe {
         match &self.expect {
             Expect::Refused => expect_only(&Outcome::Refused, &probe(lab, from, self.protocol, to)?),
             Expect::Dropped => expect_only(&Outcome::Timeout, &probe(lab, from, self.protocol, to)?),
+            Expect::Unanswered => match probe(lab, from, self.protocol, to)? {
+                answered @ Outcome::Answered { .. } => bail!("expected no answer; got: {answered}"),
+                _ => Ok(()),
+            },
             Expect::Answers { by, seeing } => {
                 let wanted: BTreeSet<Place> = by.iter().map(|name| name.parse()).collect::<Result<_>>()?;
                 let seen: Place = if seeing == "client" { from } else { seeing.parse()? };

@@ -50,11 +50,26 @@ pub fn probe(lab: &Lab, from: Place, transport: Transport, to: SocketAddr) -> Re
     lab.inside(from, || connect(transport, to))
 }
 
+/// One connection from `from`, given up after `patience`.
+pub fn probe_within(
+    lab: &Lab,
+    from: Place,
+    transport: Transport,
+    to: SocketAddr,
+    patience: Duration,
+) -> Result<Outcome> {
+    lab.inside(from, || connect_within(transport, to, patience))
+}
+
 /// One connection from the namespace of the caller.
-fn connect(transport: Transport, to: SocketAddr) -> Outcome {
+pub(crate) fn connect(transport: Transport, to: SocketAddr) -> Outcome {
+    connect_within(transport, to, PATIENCE)
+}
+
+fn connect_within(transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
     let answer = match transport {
-        Transport::Tcp => ask_tcp(to),
-        Transport::Udp => ask_udp(to),
+        Transport::Tcp => ask_tcp(to, patience),
+        Transport::Udp => ask_udp(to, patience),
     };
     match answer {
         Ok(text) => read_answer(&text).unwrap_or_else(|| Outcome::Broken(format!("answer {text:?}"))),
@@ -66,19 +81,19 @@ fn connect(transport: Transport, to: SocketAddr) -> Outcome {
     }
 }
 
-fn ask_tcp(to: SocketAddr) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+fn ask_tcp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, patience)?;
+    stream.set_read_timeout(Some(patience))?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
 }
 
-fn ask_udp(to: SocketAddr) -> std::io::Result<String> {
+fn ask_udp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
     let any: IpAddr = if to.is_ipv4() { [0, 0, 0, 0].into() } else { [0u16; 8].into() };
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(to)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patience))?;
     socket.send(b"?")?;
     let mut buffer = [0; 128];
     let length = socket.recv(&mut buffer)?;

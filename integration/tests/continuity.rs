@@ -1,0 +1,158 @@
+//! Connections under sustained load while everything around them fails and changes: one node in
+//! each mode, clients inside and outside. Needs root.
+#![allow(clippy::print_stdout, reason = "what was measured belongs in the report")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use lockstep_integration::fixture::{roll_manifest, started, streams_to_roll, streams_to_web, web_pods};
+use lockstep_integration::lab::Place;
+use lockstep_integration::load::{Load, Report, Stream};
+use lockstep_integration::product::{Mode, Product};
+
+/// Connections a second, all streams together.
+const RATE: u32 = 200;
+/// Below this, the machine was too busy to show anything.
+const ENOUGH: f64 = 50.0;
+/// Connections that each stream makes between two events.
+const BETWEEN: usize = 4;
+const ROUNDS: u8 = 6;
+
+/// Ends the load and fails unless every connection was answered by the right pod.
+fn judge(load: Load) -> Result<Report> {
+    let (report, rate) = load.finish()?;
+    report.ensure_perfect()?;
+    let slowest = report.answers.iter().map(|answer| answer.took).max().unwrap_or_default();
+    println!(
+        "{} connections at {rate:.0} a second, none lost or misdelivered, no SYN sent twice; slowest {slowest:.0?}",
+        report.answers.len()
+    );
+    ensure!(rate >= ENOUGH, "{rate:.0} connections a second are too few to show anything");
+    Ok(report)
+}
+
+fn everything(product: &Product) -> Vec<Stream> {
+    let mut streams = streams_to_web(product);
+    streams.extend(streams_to_roll(product));
+    streams
+}
+
+/// Endpoints of `roll` in a round: all second pods but one. Returns the one that is out.
+fn roll_to(product: &Product, round: u8) -> Result<Place> {
+    let pods = |node| Place::Pod(node, 2);
+    let out = pods(1 + round % 3);
+    let stay: Vec<Place> = (1..=3).map(pods).filter(|pod| *pod != out).collect();
+    product.write_manifest("roll.yaml", &roll_manifest(&stay))?;
+    Ok(out)
+}
+
+#[test]
+fn agents_killed_and_restarted_lose_no_connection() -> Result<()> {
+    let mut product = started(&Mode::ALL)?;
+    let load = Load::start(&product.lab, streams_to_web(&product), RATE);
+    for round in 0..ROUNDS {
+        let node = 1 + round % 3;
+        product.agent(node)?.kill()?;
+        load.go_on(BETWEEN)?;
+        product.start_agent(node)?;
+        load.go_on(BETWEEN)?;
+    }
+    product.wait_verified(0)?;
+    judge(load).map(drop)
+}
+
+#[test]
+fn control_plane_killed_and_restarted_loses_no_connection() -> Result<()> {
+    let mut product = started(&Mode::ALL)?;
+    let load = Load::start(&product.lab, streams_to_web(&product), RATE);
+    for _ in 0..3 {
+        product.control_plane()?.kill()?;
+        load.go_on(BETWEEN)?;
+        product.start_control_plane()?;
+        load.go_on(BETWEEN)?;
+        product.wait_verified(1)?;
+    }
+    judge(load).map(drop)
+}
+
+#[test]
+fn changes_to_one_service_lose_no_connection_to_it_or_to_another() -> Result<()> {
+    let product = started(&Mode::ALL)?;
+    product.change(|product| roll_to(product, 0).map(drop))?;
+    let load = Load::start(&product.lab, everything(&product), RATE);
+    for round in 1..=ROUNDS {
+        roll_to(&product, round)?;
+        load.go_on(BETWEEN)?;
+    }
+    judge(load).map(drop)
+}
+
+#[test]
+fn everything_killed_while_endpoints_roll_loses_no_connection() -> Result<()> {
+    let mut product = started(&Mode::ALL)?;
+    product.change(|product| roll_to(product, 0).map(drop))?;
+    let load = Load::start(&product.lab, everything(&product), RATE);
+    for round in 1..=ROUNDS {
+        let node = 1 + round % 3;
+        roll_to(&product, round)?;
+        product.agent(node)?.kill()?;
+        if round % 2 == 0 {
+            product.control_plane()?.kill()?;
+        }
+        load.go_on(BETWEEN)?;
+        // The agent is first: where there is no control plane yet, it goes by its cache.
+        product.start_agent(node)?;
+        if round % 2 == 0 {
+            product.start_control_plane()?;
+        }
+        load.go_on(BETWEEN)?;
+    }
+    let out = roll_to(&product, ROUNDS + 1)?;
+    let converged = Instant::now();
+    product.wait_verified(1)?;
+    println!("verified everywhere {:.0?} after the last change", converged.elapsed());
+    load.go_on(BETWEEN)?;
+    let report = judge(load)?;
+    ensure!(
+        report.answers.iter().any(|answer| web_pods(&product).contains(&answer.by)),
+        "nobody reached web"
+    );
+    ensure!(report.answers.iter().any(|answer| answer.by == out), "{out} was an endpoint and got nothing");
+    Ok(())
+}
+
+#[test]
+fn after_wait_returns_no_new_connection_reaches_a_removed_endpoint() -> Result<()> {
+    let product = started(&Mode::ALL)?;
+    product.change(|product| roll_to(product, 0).map(drop))?;
+    let load = Load::start(&product.lab, streams_to_roll(&product), RATE);
+    // From when to when which pod must not be reached.
+    let mut absences: Vec<(Instant, Instant, Place)> = Vec::new();
+    let mut waits = Vec::new();
+    for round in 1..=2 * ROUNDS {
+        let mut out = None;
+        product.take_in(|product| roll_to(product, round).map(|pod| out = Some(pod)))?;
+        let asked = Instant::now();
+        let wait =
+            product.ctl(&["wait", "default/roll", "--level", "verified", "--timeout", "30s"])?.output()?;
+        let gone = Instant::now();
+        ensure!(wait.status.success(), "wait: {}", String::from_utf8_lossy(&wait.stderr));
+        waits.push(asked.elapsed());
+        load.go_on(BETWEEN)?;
+        absences.extend(out.map(|pod| (gone, Instant::now(), pod)));
+    }
+    let report = judge(load)?;
+    let mut looked_at = 0;
+    for (gone, back, pod) in absences {
+        let meanwhile = report.answers.iter().filter(|answer| answer.begun > gone && answer.begun < back);
+        for answer in meanwhile {
+            looked_at += 1;
+            ensure!(answer.by != pod, "{pod} was reached {:?} after wait returned", answer.begun - gone);
+        }
+    }
+    let longest = waits.into_iter().max().unwrap_or_default();
+    println!("{looked_at} connections begun after a wait returned; longest wait {longest:.0?}");
+    ensure!(looked_at > 100, "only {looked_at} connections were begun after a wait returned");
+    ensure!(longest < Duration::from_secs(30), "a wait took {longest:?}");
+    Ok(())
+}
