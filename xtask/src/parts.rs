@@ -1,10 +1,12 @@
 //! The parts of `cargo xtask test`.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
 use crate::build::{self, Target, TestProgram};
-use crate::process::{Failure, broken, cargo, lines, run};
+use crate::process::{Failure, broken, cargo, lines, output, root, run};
 use crate::summary::{Counter, Outcome, Summary};
 use crate::{setup, tidy};
 
@@ -28,9 +30,10 @@ enum Step {
     Outside(&'static [&'static str]),
     /// `tests/` of every crate that no other part names.
     Remaining,
-    /// One file in `tests/` of `integration`, with arguments; programs of the product are
-    /// built before.
-    Integration(&'static str, &'static [&'static str]),
+    /// One file in `tests/` of `integration`; programs of the product are built before.
+    Integration(&'static str),
+    /// Every file in `tests/` of `integration` that no other part names.
+    RemainingIntegration,
     Tidy,
     Deny(&'static [&'static str]),
     Demo,
@@ -91,21 +94,21 @@ pub(crate) const PARTS: &[Part] = &[
         name: "apiserver",
         about: "the Kubernetes source against a real API server",
         in_everything: true,
-        steps: &[Step::Integration("apiserver", &[])],
+        steps: &[Step::Integration("apiserver")],
         needs_root: true,
     },
     Part {
         name: "packets",
         about: "the whole product: every scenario with real packets, every mode",
         in_everything: true,
-        steps: &[Step::Integration("packets", &[])],
+        steps: &[Step::Integration("packets")],
         needs_root: true,
     },
     Part {
         name: "product",
-        about: "the whole product: kills, restarts, broken input, foreign rules",
+        about: "the whole product: kills under load, restarts, broken input, foreign rules, TLS",
         in_everything: true,
-        steps: &[Step::Integration("product", &[])],
+        steps: &[Step::RemainingIntegration],
         needs_root: true,
     },
     Part {
@@ -125,6 +128,8 @@ pub(crate) const PARTS: &[Part] = &[
 ];
 
 const INTEGRATION: &str = "lockstep-integration";
+/// What tests of the whole run.
+const PRODUCT: &[&str] = &[INTEGRATION, "lockstep-control-plane", "lockstep-node"];
 
 /// Longest time for one test program, in seconds: a hang must end as a failure.
 const TIME_LIMIT: &str = "1200";
@@ -162,11 +167,50 @@ pub(crate) fn test(names: &[String]) -> Result<(), Failure> {
     if summary.good() { Ok(()) } else { broken("not everything passed") }
 }
 
-/// Writes the golden files anew.
+/// Writes the golden files anew: runs the tests with `golden` in their path, and those in a file
+/// of that name in `tests/`.
 pub(crate) fn bless() -> Result<(), Failure> {
-    run(cargo().args(["test", "--workspace", "--lib", "golden"]).env("LOCKSTEP_BLESS", "1"))?;
-    println!("golden files are as the code is now; look at them with: git diff");
+    setup::packages()?;
+    let mut outcome = Outcome::default();
+    for (package, directory) in directories_with_goldens()? {
+        let before = outcome.passed + outcome.failed.len();
+        let mut choices = vec![["--lib", "golden"]];
+        if directory.join("tests/golden.rs").exists() {
+            choices.push(["--test", "golden"]);
+        }
+        for choice in choices {
+            let mut command = cargo();
+            command.args(["test", "--quiet", "--package", &package]).args(choice);
+            count(command.env("LOCKSTEP_BLESS", "1"), &package, &mut outcome)?;
+        }
+        if outcome.passed + outcome.failed.len() == before {
+            return broken(format!("{package} has golden files, but no test in `golden` writes them"));
+        }
+    }
+    if !outcome.failed.is_empty() {
+        return broken(format!("not blessed, see above: {}", outcome.failed.join(", ")));
+    }
+    println!("{} golden tests: their files are as the code is now; see git diff", outcome.passed);
     Ok(())
+}
+
+/// Crates whose source mentions the variable, with their directories, sorted.
+fn directories_with_goldens() -> Result<Vec<(String, PathBuf)>, Failure> {
+    let grep = ["grep", "--untracked", "--files-with-matches", "LOCKSTEP_BLESS", "--", "*.rs"];
+    let files = output(Command::new("git").args(grep).current_dir(root()))?;
+    let mut found = Vec::new();
+    for file in files.lines().filter(|file| !file.starts_with("xtask/")) {
+        let above = Path::new(file).ancestors().map(|above| root().join(above));
+        let Some(directory) = above.into_iter().find(|above| above.join("Cargo.toml").is_file()) else {
+            continue;
+        };
+        let manifest = fs::read_to_string(directory.join("Cargo.toml")).unwrap_or_default();
+        let name = manifest.lines().find_map(|line| line.strip_prefix("name = \""));
+        found.extend(name.map(|name| (name.trim_end_matches('"').to_owned(), directory)));
+    }
+    found.sort();
+    found.dedup();
+    if found.is_empty() { broken("no crate with golden files was found") } else { Ok(found) }
 }
 
 /// Runs one part; a failure to run is a failed check of that part, and the rest goes on.
@@ -207,28 +251,30 @@ impl Step {
             }
             Step::Unit => {
                 let of_unit = built(&[])?;
-                run_all(of_unit.iter().filter(|program| program.target == Target::Unit), &[], &[], outcome)?;
+                run_all(of_unit.iter().filter(|program| program.target == Target::Unit), &[], outcome)?;
                 doc_tests(outcome)
             }
             Step::Outside(packages) => {
                 let of_packages = built(packages)?;
                 let wanted = |program: &&TestProgram| packages.contains(&program.package.as_str());
-                run_all(of_packages.iter().filter(outside).filter(wanted), &[], &[], outcome)
+                run_all(of_packages.iter().filter(outside).filter(wanted), &[], outcome)
             }
             Step::Remaining => {
                 let all = built(&[])?;
                 let wanted = |program: &&TestProgram| !named_elsewhere(&program.package);
-                run_all(all.iter().filter(outside).filter(wanted), &[], &[], outcome)
+                run_all(all.iter().filter(outside).filter(wanted), &[], outcome)
             }
-            Step::Integration(name, arguments) => {
-                let of_integration = built(&[INTEGRATION, "lockstep-control-plane", "lockstep-node"])?;
+            Step::Integration(name) => {
+                let of_integration = built(PRODUCT)?;
                 let wanted = |program: &&TestProgram| program.package == INTEGRATION && program.name == *name;
-                run_all(
-                    of_integration.iter().filter(outside).filter(wanted),
-                    arguments,
-                    &setup::ALL_PEERS,
-                    outcome,
-                )
+                run_all(of_integration.iter().filter(outside).filter(wanted), &setup::ALL_PEERS, outcome)
+            }
+            Step::RemainingIntegration => {
+                let of_integration = built(PRODUCT)?;
+                let wanted = |program: &&TestProgram| {
+                    program.package == INTEGRATION && !is_part_of_integration(&program.name)
+                };
+                run_all(of_integration.iter().filter(outside).filter(wanted), &setup::ALL_PEERS, outcome)
             }
         }
     }
@@ -247,9 +293,14 @@ fn named_elsewhere(package: &str) -> bool {
         })
 }
 
+/// True where a part of its own runs this file of `integration`.
+fn is_part_of_integration(file: &str) -> bool {
+    let steps = PARTS.iter().flat_map(|part| part.steps);
+    steps.into_iter().any(|step| matches!(step, Step::Integration(name) if *name == file))
+}
+
 fn run_all<'a>(
     programs: impl Iterator<Item = &'a TestProgram>,
-    arguments: &[&str],
     peers: &[&str],
     outcome: &mut Outcome,
 ) -> Result<(), Failure> {
@@ -259,7 +310,11 @@ fn run_all<'a>(
         println!("\n-- {name}");
         let mut command = Command::new("timeout");
         command.args(["--foreground", "--kill-after=10", TIME_LIMIT]).arg(&program.executable);
-        command.args(arguments).current_dir(&program.directory);
+        command.current_dir(&program.directory);
+        if program.package == INTEGRATION {
+            // What a test measured is part of the report.
+            command.arg("--show-output");
+        }
         command.env("CARGO_MANIFEST_DIR", &program.directory).env("LOCKSTEP_PEERS_DIR", &peers);
         count(&mut command, &name, outcome)?;
     }
@@ -285,9 +340,7 @@ fn deny(checks: &[&str], outcome: &mut Outcome) -> Result<(), Failure> {
     let program = setup::cargo_deny()?;
     for check in checks {
         let mut command = Command::new(&program);
-        command
-            .args(["--all-features", "check", "--hide-inclusion-graph", check])
-            .current_dir(crate::process::root());
+        command.args(["--all-features", "check", "--hide-inclusion-graph", check]).current_dir(root());
         outcome.check(check, run(&mut command).is_ok());
     }
     Ok(())
