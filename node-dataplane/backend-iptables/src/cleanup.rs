@@ -31,7 +31,8 @@ pub(crate) fn cleanup(tool: &Tool) -> Result<usize, ToolError> {
         }
     }
     if !ops.is_empty() {
-        tool.restore(&Input::new(&[Change { owner: Owner::Everybody, ops }]).text)?;
+        let standing = snapshot.services();
+        tool.restore(&Input::new(tool.flavour, standing, &[Change { owner: Owner::Everybody, ops }]).text)?;
     }
     Ok(objects)
 }

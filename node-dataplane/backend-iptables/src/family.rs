@@ -195,7 +195,7 @@ impl FamilyState {
         if changes.is_empty() {
             return Ok(());
         }
-        let input = Input::new(&changes);
+        let input = Input::new(self.tool.flavour, self.in_force.len(), &changes);
         match self.tool.restore(&input.text) {
             Ok(()) => pass.objects += input.objects,
             Err(error) if error.concerns_rules() => {
@@ -212,7 +212,10 @@ impl FamilyState {
     fn settle(&mut self, pass: &mut Pass, mut owners: BTreeSet<Owner>) -> Result<(), ToolError> {
         loop {
             let saved = self.tool.save()?;
-            let input = Input::new(&self.against_kernel(pass, &saved, &owners));
+            let snapshot = Snapshot::parse(&saved);
+            let standing = snapshot.services();
+            let changes = self.against_kernel(pass, &snapshot, &owners);
+            let input = Input::new(self.tool.flavour, standing, &changes);
             if input.objects == 0 {
                 return Ok(());
             }
@@ -261,10 +264,9 @@ impl FamilyState {
         self.leave_out(key, kind, complaint.to_owned(), previous);
     }
 
-    fn against_kernel(&self, pass: &Pass, saved: &str, owners: &BTreeSet<Owner>) -> Vec<Change> {
-        let snapshot = Snapshot::parse(saved);
-        let kept = Kept::find(&snapshot, self.left_out.keys());
-        let mut diff = KernelDiff::new(&snapshot, &pass.terms, kept);
+    fn against_kernel(&self, pass: &Pass, snapshot: &Snapshot<'_>, owners: &BTreeSet<Owner>) -> Vec<Change> {
+        let kept = Kept::find(snapshot, self.left_out.keys());
+        let mut diff = KernelDiff::new(snapshot, &pass.terms, kept);
         let all_here = owners.len() > pass.wanted.len();
         if pass.full && all_here {
             diff.choose_rewrites(&pass.wanted);

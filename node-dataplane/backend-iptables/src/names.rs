@@ -118,11 +118,30 @@ pub(crate) fn is_service_chain(table: Table, chain: &str) -> bool {
 
 /// True for the chains that are there whatever Services there are.
 pub(crate) fn is_fixed_chain(table: Table, chain: &str) -> bool {
-    Shared::ALL.iter().any(|shared| shared.table() == table && shared.chain() == chain)
+    is_shared_chain(table, chain)
         || match table {
             Table::Nat => chain == MARK_MASQ || chain == POSTROUTING,
             Table::Filter => chain == FORWARD,
         }
+}
+
+/// True for the chains that hold lines of many Services.
+pub(crate) fn is_shared_chain(table: Table, chain: &str) -> bool {
+    Shared::ALL.iter().any(|shared| shared.table() == table && shared.chain() == chain)
+}
+
+/// How far above the endpoints a chain of nat is: it leads to chains of lower levels only.
+pub(crate) fn level(chain: &str) -> usize {
+    const UPWARDS: [&[&str]; 4] =
+        [&["KUBE-SEP-"], &["KUBE-SVC-", "KUBE-SVL-"], &["KUBE-EXT-", "KUBE-XLB-"], &["KUBE-FW-"]];
+    if chain == Shared::Services.chain() {
+        return UPWARDS.len() + 2;
+    }
+    if chain == Shared::NodePorts.chain() {
+        return UPWARDS.len() + 1;
+    }
+    let at = UPWARDS.iter().position(|prefixes| prefixes.iter().any(|prefix| chain.starts_with(prefix)));
+    at.map_or(0, |level| level + 1)
 }
 
 #[cfg(test)]

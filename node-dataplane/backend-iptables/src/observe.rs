@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::names::Table;
+use crate::names::{Shared, Table};
 use crate::render::print_probability;
 
 /// Chains of the two tables.
@@ -68,6 +68,11 @@ impl<'a> Snapshot<'a> {
     /// The rules of a chain without `-A NAME`, as printed.
     pub(crate) fn rules(&self, table: Table, chain: &str) -> Vec<&'a str> {
         self.body(table, chain).unwrap_or("").lines().map(without_chain).collect()
+    }
+
+    /// About how many Services are in force: lines that lead to them.
+    pub(crate) fn services(&self) -> usize {
+        self.body(Table::Nat, Shared::Services.chain()).map_or(0, |body| body.lines().count())
     }
 
     /// True where the chain has exactly these rules.

@@ -78,7 +78,7 @@ fn plan(services: impl IntoIterator<Item = ServicePlan>) -> ForwardingPlan {
 }
 
 /// The input that makes this plan of nothing.
-fn input(plan: &ForwardingPlan, family: Family) -> String {
+fn input(plan: &ForwardingPlan, flavour: Flavour, family: Family) -> String {
     let terms = Terms::new(family, &plan.node, true, false);
     let wanted: BTreeMap<ServiceKey, Wanted> = plan
         .services
@@ -93,7 +93,7 @@ fn input(plan: &ForwardingPlan, family: Family) -> String {
     diff.choose_rewrites(&wanted);
     let mut changes = vec![diff.everybody()];
     changes.extend(wanted.iter().map(|(key, wanted)| diff.service(key, wanted)));
-    Input::new(&changes).text
+    Input::new(flavour, 0, &changes).text
 }
 
 fn golden(name: &str, text: &str) {
@@ -136,11 +136,11 @@ fn goldens_of_the_policies() {
         let mut service = service("nginx-basic", ports);
         service.health_check =
             (name == "policy-local").then_some(HealthCheck { port: port(32001), local_endpoints: 1 });
-        golden(name, &input(&plan([service]), Family::V4));
+        golden(name, &input(&plan([service]), Flavour::Nft, Family::V4));
     }
     let mut refused = load_balancer(&[], &[], [Action::Reject; 3]);
     refused[0].frontends[0] = at(Surface::ClusterIp(ip("10.96.0.10")), 80, [Action::Reject; 3]);
-    golden("no-endpoints", &input(&plan([service("nginx-basic", refused)]), Family::V4));
+    golden("no-endpoints", &input(&plan([service("nginx-basic", refused)]), Flavour::Nft, Family::V4));
 }
 
 #[test]
@@ -148,19 +148,19 @@ fn goldens_of_the_rest() {
     let mut affine = load_balancer(&["10.244.0.5", "10.244.1.9"], &[], [CLUSTER_MASQUERADED; 3]);
     affine[0].affinity_seconds = Some(10800);
     affine[0].protocol = Protocol::Udp;
-    golden("affinity-udp", &input(&plan([service("dns", affine)]), Family::V4));
+    golden("affinity-udp", &input(&plan([service("dns", affine)]), Flavour::Nft, Family::V4));
 
     let mut guarded = load_balancer(&["10.244.0.5"], &[], [CLUSTER_MASQUERADED, Action::Reject, CLUSTER]);
     let ranges = ["198.51.100.0/24", "203.0.113.0/25"].map(|range| range.parse().unwrap());
     guarded[0].frontends[2].allowed_sources = Some(ranges.into());
-    golden("source-ranges-mixed-actions", &input(&plan([service("web", guarded)]), Family::V4));
+    golden("source-ranges-mixed-actions", &input(&plan([service("web", guarded)]), Flavour::Nft, Family::V4));
 
     let v6 = vec![
         at(Surface::ClusterIp(ip("fd00:96::a")), 80, ALL_BUT_PODS),
         at(Surface::NodePort, 30080, [Action::Drop; 3]),
     ];
     let v6 = port_plan(Family::V6, &["fd00:244::5", "fd00:244::9"], &[], v6);
-    golden("ipv6", &input(&plan([service("web", vec![v6])]), Family::V6));
+    golden("ipv6", &input(&plan([service("web", vec![v6])]), Flavour::Nft, Family::V6));
 
     let ports = load_balancer(&["10.244.0.5"], &[], [CLUSTER, Action::Drop, Action::Reject]);
     let mut odd = plan([service("odd", ports)]);
@@ -168,7 +168,7 @@ fn goldens_of_the_rest() {
     odd.node.pods = Some(PodSources::Cidrs(cidrs.into()));
     odd.node.node_ports_v4 =
         NodePortScope::Addresses(vec![ip("127.0.0.1"), ip("192.0.2.1"), ip("192.0.2.2")]);
-    golden("two-pod-ranges-listed-node-ports", &input(&odd, Family::V4));
+    golden("two-pod-ranges-listed-node-ports", &input(&odd, Flavour::Nft, Family::V4));
 }
 
 fn backend(fake: &Arc<Fake>) -> Iptables {
@@ -306,4 +306,45 @@ fn a_name_that_would_break_out_of_its_comment_is_left_out() {
     assert_eq!(applied.failures.len(), 1);
     assert!(!fake.rules().contains("ACCEPT\n") && fake.rules().contains("10.96.0.2/32"));
     assert_eq!(backend.verify().unwrap(), []);
+}
+
+/// Services of three chains each, with external addresses that need a fourth.
+fn many(count: u32) -> ForwardingPlan {
+    plan((0..count).map(|index| {
+        let address = |first: u32| IpAddr::V4(((first << 24) + index).into());
+        let frontends = vec![
+            at(Surface::ClusterIp(address(172)), 80, ALL_BUT_PODS),
+            at(Surface::ExternalIp(address(198)), 80, [CLUSTER_MASQUERADED; 3]),
+        ];
+        let mut ports = port_plan(Family::V4, &[], &[], frontends);
+        ports.cluster = vec![Target { address: address(10), port: port(8080) }];
+        service(&format!("s{index}"), vec![ports])
+    }))
+}
+
+#[test]
+fn the_nft_flavour_gets_small_sections_that_end_in_the_same_rules() {
+    let (nft, legacy) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
+    let mut cut = backend(&nft);
+    let mut whole = Iptables::open(Arc::clone(&legacy) as Arc<dyn Run>, Flavour::Legacy).unwrap();
+    let plan = many(300);
+    let text = input(&plan, Flavour::Nft, Family::V4);
+    let sections: Vec<&str> = text.split_inclusive("COMMIT\n").collect();
+    assert_eq!(sections.len(), 6, "filter, 902 chains in four, lines of shared chains");
+    let chains = |section: &&str| section.lines().filter(|line| line.starts_with(':')).count();
+    assert!(sections.iter().all(|section| chains(section) <= 250));
+    assert!(sections[5].contains("-j KUBE-SERVICES") && !sections[4].contains("KUBE-SERVICES"));
+
+    cut.sync(&plan).unwrap();
+    whole.sync(&plan).unwrap();
+    assert_eq!(nft.rules(), legacy.rules());
+    let mut gone = plan;
+    let keys: Vec<ServiceKey> = gone.services.keys().filter(|key| &*key.name != "s7").cloned().collect();
+    keys.iter().for_each(|key| drop(gone.services.remove(key)));
+    cut.apply(&gone, &keys).unwrap();
+    whole.apply(&gone, &keys).unwrap();
+    assert_eq!(nft.rules(), legacy.rules());
+    assert_eq!(cut.verify().unwrap(), []);
+    cut.cleanup().unwrap();
+    assert!(!nft.rules().contains("KUBE-"));
 }
