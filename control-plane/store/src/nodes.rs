@@ -5,7 +5,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lockstep_model::{Interner, NodeContext, ServiceKey};
+use lockstep_model::{Digest, Interner, NodeContext, ServiceKey};
 
 use crate::Store;
 
@@ -106,7 +106,7 @@ pub struct Connected {
 pub enum ConnectError {
     /// Two programs run under one node name; the one started last has the stream.
     #[error(
-        "node {node}: instance {instance} was superseded by instance {successor} at {peer}, which is connected; \
+        "node {node}: instance {instance:?} was superseded by instance {successor:?} at {peer}, which is connected; \
          two agents with one node name?"
     )]
     Superseded {
@@ -142,6 +142,16 @@ pub enum AckError {
         seq: u64,
         /// Newest published.
         head: u64,
+    },
+    /// The node says that it has applied a transaction, and names another state.
+    #[error("position.digest: {digest} is not the digest of seq {seq}, {ours}")]
+    OtherDigest {
+        /// Stated.
+        seq: u64,
+        /// Stated.
+        digest: Digest,
+        /// Ours.
+        ours: Digest,
     },
     /// The levels contradict each other.
     #[error("verified_seq <= applied_seq <= received_seq does not hold")]
@@ -330,11 +340,12 @@ impl Nodes {
         Ok(Connected { stream, superseded, has_node_object })
     }
 
-    /// Ends a stream. A node without a Node object is not expected any more.
-    pub fn disconnect(&mut self, stream: StreamId, now: Instant) {
-        if let Some(name) = self.streams.remove(&stream) {
-            self.change(&name, now, |node| node.stream = None);
-        }
+    /// Ends a stream. A node without a Node object is not expected any more. Returns the node
+    /// whose live stream it was.
+    pub fn disconnect(&mut self, stream: StreamId, now: Instant) -> Option<Arc<str>> {
+        let name = self.streams.remove(&stream)?;
+        self.change(&name, now, |node| node.stream = None);
+        Some(name)
     }
 
     /// Notes that a transaction was sent.
@@ -375,6 +386,11 @@ impl Nodes {
         }
         if let Some(seq) = levels.received.filter(|seq| *seq > head.seq) {
             return Err(AckError::Future { seq, head: head.seq });
+        }
+        if let (Some(seq), Some(digest)) = (levels.applied, report.digest)
+            && let Some(published) = store.position_at(seq).filter(|published| published.digest != digest)
+        {
+            return Err(AckError::OtherDigest { seq, digest, ours: published.digest });
         }
         self.share_messages(&mut report);
         self.change(&name, now, |node| {
@@ -455,7 +471,8 @@ impl Nodes {
     }
 
     /// How many expected nodes have reached `seq` at `level` and do not report `service`
-    /// (`None` = anything) as failed. Names at most `limit` of the others.
+    /// (`None` = anything) as failed. Names at most `limit` of the others. A node without a
+    /// stream is one of them, whatever it reported last: nobody knows what its kernel has now.
     pub fn progress(&self, seq: u64, level: Level, service: Option<&ServiceKey>, limit: usize) -> Progress {
         let mut progress = Progress { expected: self.tally.expected, done: 0, laggards: Vec::new() };
         for (name, node) in &self.nodes {
@@ -463,7 +480,7 @@ impl Nodes {
                 Some(service) => node.fails(service),
                 None => level != Level::Received && node.degraded(),
             };
-            if node.levels.at(level) >= Some(seq) && !fails {
+            if node.connected() && node.levels.at(level) >= Some(seq) && !fails {
                 progress.done += 1;
             } else if progress.laggards.len() < limit {
                 progress.laggards.push(name.clone());

@@ -9,7 +9,8 @@ use lockstep_model::{Key, Resource, Service, ServiceKey, Version};
 
 use crate::store::Store;
 
-/// The slots of one Service in the store.
+/// The slots of one Service in the store. Stays while the store remembers a removal of them, so
+/// that a removal can be waited for.
 #[derive(Debug, Default)]
 pub(crate) struct Members {
     pub(crate) service: Option<u32>,
@@ -75,8 +76,8 @@ impl Store {
         })
     }
 
-    /// seq of the last change to a Service or its endpoint sets; `None` where the state has
-    /// none of them.
+    /// seq of the last change to a Service or its endpoint sets, their removal included; `None`
+    /// where the state has none of them and remembers none.
     pub fn last_changed(&self, key: &ServiceKey) -> Option<u64> {
         self.by_service.get(key).map(|members| members.last_changed)
     }
@@ -125,8 +126,14 @@ impl Store {
             Key::Service(_) => members.service = None,
             Key::EndpointSet(_) => members.sets.retain(|other| *other != slot),
         }
-        if members.service.is_none() && members.sets.is_empty() {
-            self.by_service.remove(key.service());
+    }
+
+    /// The removal at `seq` of a key is not remembered any more. Removals are forgotten in their
+    /// order, so where it was the last change, nothing of the Service is left.
+    pub(crate) fn forget_in_service(&mut self, service: &ServiceKey, seq: u64) {
+        let gone = |members: &Members| members.service.is_none() && members.sets.is_empty();
+        if self.by_service.get(service).is_some_and(|members| gone(members) && members.last_changed <= seq) {
+            self.by_service.remove(service);
         }
     }
 }

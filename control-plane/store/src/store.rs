@@ -293,7 +293,9 @@ impl Store {
             && let Some(oldest @ (seq, slot)) = self.tombstones.pop_first()
         {
             self.by_seq.remove(&oldest);
-            self.by_key.remove(&self.slots[slot as usize].key);
+            let key = self.slots[slot as usize].key.clone();
+            self.by_key.remove(&key);
+            self.forget_in_service(key.service(), seq);
             self.free.push(slot);
             self.horizon = self.horizon.max(seq);
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use lockstep_model::{Key, Version};
+use lockstep_model::{Digest, Key, Version};
 
 /// How far a node has come with the transactions of one epoch. `None` = nothing of it yet;
 /// verified <= applied <= received.
@@ -85,6 +85,8 @@ pub struct Report {
     pub epoch: u64,
     /// How far the node has come.
     pub levels: Levels,
+    /// Digest of the state that is applied; `None` = not stated.
+    pub digest: Option<Digest>,
     /// Summary.
     pub outcome: Outcome,
     /// Everything that is not in force, worst first.

@@ -66,6 +66,7 @@ fn report(verified: u64) -> Report {
     Report {
         epoch: 7,
         levels: Levels { received: Some(verified), applied: Some(verified), verified: Some(verified) },
+        digest: None,
         outcome: Outcome::Verified,
         failures: Vec::new(),
         failures_truncated: 0,
@@ -151,7 +152,7 @@ fn the_newest_process_has_the_stream_and_two_do_not_flap() {
     let refused = world.connect("n1", "old", 3).unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "node n1: instance old was superseded by instance new at 192.0.2.1:3, which is connected; \
+        "node n1: instance \"old\" was superseded by instance \"new\" at 192.0.2.1:3, which is connected; \
          two agents with one node name?"
     );
     let again = world.connect("n1", "new", 4).unwrap();
@@ -184,6 +185,12 @@ fn impossible_reports_are_refused() {
     world.publish(1, 0);
     let stream = world.connect("n1", "x", 0).unwrap().stream;
     assert_eq!(world.ack(stream, 2, 1), Err(AckError::Future { seq: 2, head: 1 }));
+    let elsewhere = Report { digest: Some(Digest::EMPTY), ..report(1) };
+    let ours = world.store.head().digest;
+    assert_eq!(
+        world.nodes.ack(stream, elsewhere, &world.store, world.start),
+        Err(AckError::OtherDigest { seq: 1, digest: Digest::EMPTY, ours })
+    );
     let now = world.start;
     let other = Report { epoch: 8, ..report(1) };
     assert_eq!(
@@ -255,4 +262,19 @@ fn progress_leaves_no_node_out() {
     assert_eq!(names(Some(&ServiceKey::new("a", "c")), Level::Verified), ["absent"]);
     assert_eq!(names(None, Level::Verified), ["absent", "failing"]);
     assert_eq!(names(None, Level::Received), ["absent"]);
+}
+
+#[test]
+fn a_node_without_a_stream_is_not_done_whatever_it_reported() {
+    let mut world = World::new();
+    world.publish(1, 0);
+    world.nodes.upsert_object(NodeContext::unknown("n1"), world.start);
+    let stream = world.connect("n1", "x", 0).unwrap().stream;
+    world.ack(stream, 1, 1).unwrap();
+    assert_eq!(world.nodes.progress(1, Level::Verified, None, 9).done, 1);
+    world.nodes.disconnect(stream, world.at(2));
+    let progress = world.nodes.progress(1, Level::Verified, None, 9);
+    assert_eq!((progress.done, progress.laggards), (0, vec!["n1".into()]));
+    world.nodes.remove_object("n1", world.at(3));
+    assert_eq!(world.nodes.progress(1, Level::Verified, None, 9).expected, 0);
 }

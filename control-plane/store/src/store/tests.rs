@@ -152,6 +152,29 @@ fn a_cursor_before_a_forgotten_removal_gets_no_delta() {
 }
 
 #[test]
+fn a_removal_can_be_waited_for_as_long_as_it_is_remembered() {
+    let now = Instant::now();
+    let mut store = Store::with_limits(NonZeroU64::new(7).unwrap(), now, 4, 2);
+    let key = ServiceKey::new("n", "a");
+    assert_eq!(store.last_changed(&key), None, "never heard of");
+    store.apply(upsert(service("n", "a", 1)), now);
+    store.apply(upsert(set("n", "a", "a-1", &[1])), now);
+    store.apply(remove(Key::Service(key.clone())), now);
+    let slice = Key::EndpointSet(EndpointSetKey::new(key.clone(), "a-1"));
+    assert_eq!(store.apply(remove(slice), now), Some(4));
+    assert_eq!(store.last_changed(&key), Some(4), "the last of it went");
+    assert!(store.service(&key).is_none());
+    assert_eq!((store.services(None, None).count(), store.snapshot().entries.len()), (0, 0));
+    for name in ["b", "c"] {
+        store.apply(upsert(service("n", name, 1)), now);
+        store.apply(remove(Key::Service(ServiceKey::new("n", name))), now);
+    }
+    assert_eq!(store.last_changed(&key), None, "forgotten with its last removal");
+    store.apply(upsert(service("n", "a", 1)), now);
+    assert_eq!(store.last_changed(&key), Some(9), "and back again");
+}
+
+#[test]
 fn a_removal_is_forgotten_when_the_key_comes_back() {
     let mut store = store();
     store.apply(upsert(service("a", "b", 1)), Instant::now());
