@@ -22,6 +22,9 @@ use args::{Args, LogFormat, SourceArg};
 /// Events and inputs in flight. A source that is faster waits.
 const IN_FLIGHT: usize = 256;
 
+/// Below this many open files, it is said that there are few.
+const FILES_FOR_A_LARGE_CLUSTER: u64 = 8_192;
+
 /// The program. Exit codes are in `--help`.
 pub fn main() -> ExitCode {
     let args = match Args::try_parse() {
@@ -49,6 +52,7 @@ pub fn main() -> ExitCode {
 
 /// Everything that can be wrong with the surroundings is found out before anything starts.
 async fn run(args: Args) -> anyhow::Result<()> {
+    raise_file_limit();
     let stop = stop_signal().context("listening to signals")?;
     let tls = args.tls.read()?;
     let config = Config {
@@ -88,6 +92,19 @@ async fn run(args: Args) -> anyhow::Result<()> {
     }
     info!("stopped");
     Ok(())
+}
+
+/// A connection is an open file, and a shell or a service manager often allows 1,024 where the
+/// kernel would allow half a million.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, current = limit.current, "the limit of open files stays as it is");
+    }
+    if let Some(maximum) = limit.maximum.filter(|maximum| *maximum < FILES_FOR_A_LARGE_CLUSTER) {
+        tracing::warn!(maximum, "few open files are allowed: one is needed per node");
+    }
 }
 
 async fn listen(flag: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {

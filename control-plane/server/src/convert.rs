@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use lockstep_model::{InvalidField, NodeContext};
+use lockstep_model::{Digest, InvalidField, NodeContext, check_name};
 use lockstep_store::{
     BackendFacts, Facts, Failure, FailureClass, InForce, Levels, NodeState, Outcome, Pass, Position, Report,
     Resume,
@@ -69,9 +69,7 @@ pub(crate) fn facts(hello: v1::Hello, peer: String, resume: Resume) -> Result<Fa
         reason: reason.into(),
     };
     let length = |text: &str| format!("{} bytes", text.len());
-    if !(1..=253).contains(&hello.node_name.len()) {
-        return Err(fault("hello.node_name", length(&hello.node_name), "is not a name of 1 to 253 bytes"));
-    }
+    check_name("hello.node_name", &hello.node_name)?;
     if !(1..=64).contains(&hello.instance_id.len()) {
         return Err(fault("hello.instance_id", length(&hello.instance_id), "is not a text of 1 to 64 bytes"));
     }
@@ -114,6 +112,7 @@ pub(crate) fn report(ack: v1::Ack) -> Result<Report, InvalidField> {
             verified: reached(ack.verified_seq),
         },
         outcome: outcome(v1::Outcome::try_from(ack.outcome).unwrap_or_default()),
+        digest: Digest::from_bytes(&position.digest),
         failures: failures.collect::<Result<_, _>>()?,
         failures_truncated: ack.failures_truncated.saturating_add(u32::try_from(cut).unwrap_or(u32::MAX)),
         backend_error: shorten(ack.backend_error),

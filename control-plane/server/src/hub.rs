@@ -8,10 +8,10 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use lockstep_model::{Digest, NodeContext};
+use lockstep_model::{Digest, Key, NodeContext};
 use lockstep_store::{
-    Changes, ConnectError, Convergence, Counts, Delta, NodeState, Nodes, Position, Quarantine, Resume, Store,
-    StreamId,
+    Changes, ConnectError, Convergence, Counts, Delta, Entry, NodeState, Nodes, Position, Quarantine, Resume,
+    Store, StreamId,
 };
 use lockstep_wire::v1;
 use tokio::sync::watch;
@@ -23,8 +23,8 @@ use crate::counters::Counters;
 use crate::frames::{self, BuildError, Built, Dialect, FrameCache, Heading, Step};
 use crate::link::{End, Link, Refetch};
 
-/// How many odd clients are remembered as logged already.
-const LOGGED: usize = 1_024;
+/// How many odd clients are remembered as logged already: more than a large cluster has nodes.
+const LOGGED: usize = 16_384;
 
 /// A transaction with more changes than this is encoded off the async threads.
 const BIG_DELTA: usize = 2_000;
@@ -68,6 +68,7 @@ pub struct Hub {
     head: watch::Sender<u64>,
     activity: watch::Sender<u64>,
     serving: watch::Sender<bool>,
+    closing: watch::Sender<bool>,
 }
 
 /// What is behind the lock.
@@ -81,7 +82,6 @@ pub(crate) struct Shared {
     pub(crate) source_fresh_at: Option<SystemTime>,
     links: HashMap<StreamId, Arc<Link>>,
     logged: BTreeSet<(&'static str, String)>,
-    closing: bool,
 }
 
 /// A stream that was let in.
@@ -135,7 +135,6 @@ impl Hub {
             source_fresh_at: None,
             links: HashMap::new(),
             logged: BTreeSet::new(),
-            closing: false,
         };
         Self {
             config,
@@ -146,6 +145,7 @@ impl Hub {
             head: watch::channel(0).0,
             activity: watch::channel(0).0,
             serving: watch::channel(false).0,
+            closing: watch::channel(false).0,
         }
     }
 
@@ -242,7 +242,7 @@ impl Hub {
     /// The state is complete: it is served from now on.
     pub(crate) fn start_serving(&self) {
         let mut shared = self.lock();
-        if shared.not_serving.take().is_none() {
+        if *self.closing.borrow() || shared.not_serving.take().is_none() {
             return;
         }
         shared.store.begin(Instant::now());
@@ -259,9 +259,11 @@ impl Hub {
         let mut shared = self.lock();
         if let Some(known) = &mut shared.not_serving
             && *known != reason
+            && !*self.closing.borrow()
         {
+            known.clone_from(&reason);
+            drop(shared);
             info!(%reason, "not serving yet");
-            *known = reason;
         }
     }
 
@@ -294,13 +296,18 @@ impl Hub {
         shared.check_serving()?;
         let (resume, cursor, at_least) = shared.resume(held.as_ref());
         let facts = convert::facts(hello, peer, resume).map_err(invalid)?;
-        let connected = shared.nodes.connect(facts.clone(), Instant::now()).map_err(|error| {
-            let ConnectError::Superseded { node, instance, .. } = &error;
-            if shared.first_time("refused", format!("{node}/{instance}")) {
-                warn!(%error, "stream refused");
+        let connected = match shared.nodes.connect(facts.clone(), Instant::now()) {
+            Ok(connected) => connected,
+            Err(error) => {
+                let ConnectError::Superseded { node, instance, .. } = &error;
+                let first = shared.first_time("refused", format!("{node}/{instance}"));
+                drop(shared);
+                if first {
+                    warn!(%error, "stream refused");
+                }
+                return Err(Status::already_exists(error.to_string()));
             }
-            Status::already_exists(error.to_string())
-        })?;
+        };
         let link = Arc::new(Link::default());
         shared.links.insert(connected.stream, link.clone());
         if let Some(old) = connected.superseded.and_then(|old| shared.links.remove(&old)) {
@@ -309,10 +316,7 @@ impl Hub {
             self.counters.streams_superseded.inc();
         }
         let name = &facts.node_name;
-        info!(node = %name, instance = facts.instance_id, peer = facts.peer, ?resume, "stream started");
-        if !connected.has_node_object && shared.first_time("stranger", name.to_string()) {
-            warn!(node = %name, peer = facts.peer, "no Node object has this name; served all the same");
-        }
+        let stranger = !connected.has_node_object && shared.first_time("stranger", name.to_string());
         let context = shared.nodes.get(name).and_then(|node| node.context());
         let admission = Admission {
             stream: connected.stream,
@@ -324,6 +328,11 @@ impl Hub {
             head: shared.position(shared.store.head().seq),
         };
         drop(shared);
+        let superseded = connected.superseded.is_some();
+        info!(node = %name, instance = facts.instance_id, peer = facts.peer, ?resume, superseded, "stream started");
+        if stranger {
+            warn!(node = %name, peer = facts.peer, "no Node object has this name; served all the same");
+        }
         match resume {
             Resume::InSync => self.counters.resumed_in_sync.inc(),
             Resume::Delta => self.counters.resumed_delta.inc(),
@@ -334,11 +343,15 @@ impl Hub {
     }
 
     /// A stream is over.
-    pub(crate) fn leave(&self, stream: StreamId) {
+    pub(crate) fn leave(&self, stream: StreamId, why: &str) {
         let mut shared = self.lock();
         shared.links.remove(&stream);
-        shared.nodes.disconnect(stream, Instant::now());
+        let node = shared.nodes.disconnect(stream, Instant::now());
         drop(shared);
+        // One that was superseded is over for its node already, and when the server goes, all are.
+        if let Some(node) = node.filter(|_| !*self.closing.borrow()) {
+            info!(%node, why, "stream ended");
+        }
         self.touch();
     }
 
@@ -407,31 +420,17 @@ impl Hub {
     ) -> Result<Built, BuildError> {
         let head = self.lock().store.head().seq;
         let Refetch::Keys(keys) = what else { return self.full(cursor.seq, head, dialect).await };
-        let (delta, to) = {
-            let shared = self.lock();
-            (shared.store.delta(cursor.seq, false), shared.position(shared.store.head().seq))
+        let Some((delta, again, to)) = self.lock().again(cursor.seq, &keys) else {
+            return self.full(cursor.seq, head, dialect).await;
         };
-        let Some(mut delta) = delta else { return self.full(cursor.seq, head, dialect).await };
-        let mut again = Vec::new();
-        for key in keys {
-            let upserted = delta.upserts.binary_search_by(|entry| entry.key.cmp(&key)).is_ok();
-            let removed = delta.removals.binary_search(&key);
-            match (self.lock().store.get(&key), removed) {
-                _ if upserted => {}
-                // It may have come or gone since the delta was read; the next delta says so.
-                (Some(entry), Err(_)) => again.push(entry),
-                (None, Err(at)) => delta.removals.insert(at, key),
-                (_, Ok(_)) => {}
-            }
-        }
         let built = frames::delta(Heading { from: None, to }, &delta, &again, dialect.zstd);
         self.count_built(built)
     }
 
     /// Ends every stream and refuses new ones.
     pub fn shut_down(&self) {
+        self.closing.send_replace(true);
         let mut shared = self.lock();
-        shared.closing = true;
         shared.not_serving = Some("the server is shutting down".into());
         let spread = self.config.reconnect_spread;
         for link in shared.links.values() {
@@ -450,6 +449,11 @@ impl Hub {
 
     pub(crate) fn head_changes(&self) -> watch::Receiver<u64> {
         self.head.subscribe()
+    }
+
+    /// Becomes true when the server goes.
+    pub(crate) fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
     }
 
     pub(crate) fn activity(&self) -> watch::Receiver<u64> {
@@ -511,6 +515,22 @@ impl Shared {
         (resume, cursor, at_least)
     }
 
+    /// What changed after `from`, and these keys as they are now: one state, read at once, since
+    /// content of a later state would not add up to the digest that is announced.
+    fn again(&self, from: u64, keys: &BTreeSet<Key>) -> Option<(Delta, Vec<Entry>, v1::Position)> {
+        let mut delta = self.store.delta(from, false)?;
+        let mut again = Vec::new();
+        for key in keys {
+            let upserted = delta.upserts.binary_search_by(|entry| entry.key.cmp(key)).is_ok();
+            match (self.store.get(key), delta.removals.binary_search(key)) {
+                (Some(entry), _) if !upserted => again.push(entry),
+                (None, Err(at)) => delta.removals.insert(at, key.clone()),
+                _ => {}
+            }
+        }
+        Some((delta, again, self.position(self.store.head().seq)))
+    }
+
     fn tell_context(&self, context: NodeContext) {
         let link = self.nodes.stream_of(&context.name).and_then(|stream| self.links.get(&stream));
         if let Some(link) = link {
@@ -518,12 +538,16 @@ impl Shared {
         }
     }
 
-    /// True where this was not logged before.
+    /// True where this was not logged before, as far as that is remembered.
     pub(crate) fn first_time(&mut self, what: &'static str, who: String) -> bool {
-        if self.logged.len() >= LOGGED {
-            self.logged.pop_first();
+        let who = (what, who);
+        if self.logged.contains(&who) {
+            return false;
         }
-        self.logged.insert((what, who))
+        if self.logged.len() >= LOGGED {
+            self.logged.clear();
+        }
+        self.logged.insert(who)
     }
 }
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use lockstep_model::{InvalidField, NodeContext};
 use lockstep_store::Changes;
 use tokio::sync::mpsc;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::Hub;
 
@@ -154,20 +154,19 @@ impl Pending {
 }
 
 pub(crate) fn take_quarantine(hub: &Hub, change: QuarantineInput) {
-    let mut shared = hub.lock();
     match change {
         QuarantineInput::Add { kind, name, fault, previous_in_force } => {
-            let text = fault.to_string();
-            if shared.quarantine.add(kind.clone(), name.clone(), fault, previous_in_force, SystemTime::now())
-            {
+            let (text, now) = (fault.to_string(), SystemTime::now());
+            if hub.lock().quarantine.add(kind.clone(), name.clone(), fault, previous_in_force, now) {
                 warn!(kind, name, fault = text, previous_in_force, "object is in quarantine");
             }
         }
         QuarantineInput::Remove { kind, name } => {
-            shared.quarantine.remove(&kind, &name);
+            if hub.lock().quarantine.remove(&kind, &name) {
+                info!(kind, name, "object is out of quarantine");
+            }
         }
     }
-    drop(shared);
     hub.touch();
 }
 

@@ -33,6 +33,16 @@ pub(crate) enum End {
     Failed(Status),
 }
 
+impl End {
+    /// For people.
+    pub(crate) fn why(&self) -> &str {
+        match self {
+            End::Goodbye(goodbye) => &goodbye.message,
+            End::Failed(status) => status.message(),
+        }
+    }
+}
+
 /// What a node asks for again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Refetch {

@@ -4,13 +4,14 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::{Stream, stream};
 use lockstep_wire::frame::sync_service_server::SyncServiceServer;
 use lockstep_wire::v1::status_service_server::StatusServiceServer;
-use tokio::net::TcpListener;
-use tonic::transport::server::TcpIncoming;
+use tokio::net::{TcpListener, TcpStream};
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tracing::warn;
 
 use crate::Hub;
 use crate::status::StatusQueries;
@@ -31,6 +32,10 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(3);
 /// A connection that is silent for this long is asked whether it is alive, and closed where it
 /// does not answer: a node that lost its power must not look connected.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// How long nothing is accepted after an error. Most are about one connection; but without file
+/// descriptors every attempt fails at once, and only time helps.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Certificates, all PEM.
 #[derive(Debug, Clone)]
@@ -81,7 +86,7 @@ pub async fn serve(
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = connections(listener, ACCEPT_PAUSE);
     let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
     let serving = router.serve_with_incoming_shutdown(incoming, async {
         shutdown.await;
@@ -101,6 +106,30 @@ pub async fn serve(
     };
     follow.abort();
     result
+}
+
+/// Connections as they come. Goes on whatever happens, and says so once per trouble.
+fn connections(
+    listener: TcpListener,
+    pause: Duration,
+) -> impl Stream<Item = std::io::Result<TcpStream>> + Send {
+    stream::unfold((listener, false), move |(listener, mut troubled)| async move {
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) => {
+                    // A connection that is gone already says so itself when it is read.
+                    let _ = connection.set_nodelay(true);
+                    return Some((Ok(connection), (listener, false)));
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut troubled, true) {
+                        warn!(%error, "a connection could not be accepted, trying on");
+                    }
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    })
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

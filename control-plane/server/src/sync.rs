@@ -81,13 +81,13 @@ impl SyncService for Sync {
         request: Request<v1::FetchSnapshotRequest>,
     ) -> Result<Response<Self::FetchSnapshotStream>, Status> {
         let filter = Filter::new(request.into_inner())?;
+        self.hub.lock().check_serving()?;
         let hub = self.hub.clone();
-        let (snapshot, position) = {
-            let shared = hub.lock();
-            shared.check_serving()?;
-            (shared.store.snapshot(), shared.position(shared.store.head().seq))
-        };
         let frames = tokio::task::spawn_blocking(move || {
+            let (snapshot, position) = {
+                let shared = hub.lock();
+                (shared.store.snapshot(), shared.position(shared.store.head().seq))
+            };
             let mut writer = SnapshotWriter::new(position);
             for entry in snapshot.entries.iter().filter(|entry| filter.takes(&entry.key)) {
                 writer

@@ -1,6 +1,7 @@
 use std::time::Instant;
 
-use lockstep_store::{Node, NodeState};
+use lockstep_model::ServiceKey;
+use lockstep_store::{Failure, Node, NodeState};
 use lockstep_wire::v1;
 use tonic::Status;
 
@@ -83,15 +84,16 @@ fn status(shared: &Shared, name: &str, node: &Node) -> v1::NodeStatus {
     status
 }
 
-/// What is known about a node that somebody waits for.
-pub(super) fn laggard(shared: &Shared, name: &str) -> v1::Laggard {
+/// What is known about a node that somebody waits for; with `service`, for that Service only.
+pub(super) fn laggard(shared: &Shared, name: &str, service: Option<&ServiceKey>) -> v1::Laggard {
     let head = shared.store.head().seq;
     let Some(node) = shared.nodes.get(name) else { return v1::Laggard::default() };
-    let reason = match (node.state(head), node.failures().first()) {
+    let concerns = |failure: &&Failure| service.is_none_or(|service| failure.key.service() == service);
+    let reason = match (node.state(head), node.failures().iter().find(concerns)) {
         (NodeState::NeverSeen, _) => "no stream since the server started".into(),
+        (NodeState::Disconnected, _) => "no stream".into(),
         _ if !node.backend_error().is_empty() => node.backend_error().into(),
         (_, Some(failure)) => format!("{}: {}", failure.key, failure.message),
-        (NodeState::Disconnected, None) => "no stream".into(),
         _ => String::new(),
     };
     v1::Laggard {

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use lockstep_model::{InvalidField, NodeContext};
+use lockstep_model::{InvalidField, Key, NodeContext, ServiceKey};
 use lockstep_wire::v1;
 use lockstep_wire::v1::sync_request::Kind as Request;
 use tonic::Code;
@@ -157,6 +157,52 @@ async fn a_wait_names_who_is_missing_until_nobody_is() {
         last = response;
     }
     assert_eq!((last.nodes_expected, last.nodes_done, last.done), (1, 1, true));
+}
+
+fn wait_for(name: &str) -> v1::WaitRequest {
+    let service = v1::ServiceRef { namespace: "default".into(), name: name.into() };
+    v1::WaitRequest { target: Some(v1::wait_request::Target::Service(service)), ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_wait_for_a_removed_service_waits_for_the_removal() {
+    let world = world().await;
+    let mut node = verified(&world, "n1").await;
+    world.publish(|changes| changes.remove(Key::Service(ServiceKey::new("default", "api"))));
+    let mut client = world.status().await;
+    let mut wait = client.wait(wait_for("api")).await.unwrap().into_inner();
+    let first = wait.message().await.unwrap().unwrap();
+    assert_eq!((first.target.unwrap().seq, first.nodes_done, first.done), (3, 0, false));
+    node.reach(3).await;
+    report(&world, &node, ack(&node.position, 3)).await;
+    assert!(tokio::time::timeout(PATIENCE, wait.message()).await.unwrap().unwrap().unwrap().done);
+}
+
+#[tokio::test]
+async fn a_laggard_is_explained_by_what_is_waited_for_only() {
+    let world = world().await;
+    let node = verified(&world, "n1").await;
+    report(&world, &node, failing(&node, "web", "no room")).await;
+    world.publish(|changes| changes.upsert(service("api", 2)));
+    let mut wait = world.status().await.wait(wait_for("api")).await.unwrap().into_inner();
+    let first = wait.message().await.unwrap().unwrap();
+    assert_eq!((first.laggards[0].node_name.as_str(), first.laggards[0].reason.as_str()), ("n1", ""));
+}
+
+#[tokio::test]
+async fn answers_that_go_on_end_with_the_server() {
+    let mut world = world().await;
+    world.hub.upsert_node(NodeContext::unknown("n1"));
+    let mut client = world.status().await;
+    let mut wait = client.wait(wait_for("web")).await.unwrap().into_inner();
+    let long = prost_types::Duration { seconds: i64::MAX, nanos: 0 };
+    let request = v1::WatchConvergenceRequest { min_interval: Some(long) };
+    let mut watch = client.watch_convergence(request).await.unwrap().into_inner();
+    assert!(wait.message().await.unwrap().is_some() && watch.message().await.unwrap().is_some());
+    world.stop.take().unwrap().send(()).unwrap();
+    for status in [wait.message().await.unwrap_err(), watch.message().await.unwrap_err()] {
+        assert_eq!((status.code(), status.message()), (Code::Unavailable, "the server is shutting down"));
+    }
 }
 
 #[tokio::test]

@@ -19,6 +19,9 @@ use crate::hub::{Shared, invalid};
 /// Shortest time between two looks at the nodes for one caller: a look is a walk over them.
 const SHORTEST: Duration = Duration::from_millis(50);
 
+/// Longest time that a caller can ask for between two looks.
+const LONGEST: Duration = Duration::from_secs(3_600);
+
 /// The same for a Wait, as the contract has it.
 const WAIT_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -27,15 +30,18 @@ pub(super) fn convergence(
     request: &v1::WatchConvergenceRequest,
 ) -> Responses<v1::WatchConvergenceResponse> {
     let asked = convert::optional_duration(request.min_interval).unwrap_or(Duration::from_secs(1));
-    let looks = Looks::new(&hub, asked.max(SHORTEST));
+    let looks = Looks::new(&hub, asked.clamp(SHORTEST, LONGEST));
     let last = None::<v1::WatchConvergenceResponse>;
-    stream::unfold((hub, looks, last), |(hub, mut looks, mut last)| async move {
+    stream::unfold(Some((hub, looks, last)), |state| async move {
+        let (hub, mut looks, mut last) = state?;
         loop {
-            looks.next().await?;
+            if let Err(closing) = looks.next().await {
+                return Some((Err(closing), None));
+            }
             let now = convergence_now(&hub.lock());
             if last.as_ref() != Some(&now) {
                 last = Some(now.clone());
-                return Some((Ok(now), (hub, looks, last)));
+                return Some((Ok(now), Some((hub, looks, last))));
             }
         }
     })
@@ -103,7 +109,9 @@ pub(super) fn wait(
                 }
             };
             tokio::select! {
-                look = looks.next() => look?,
+                look = looks.next() => if let Err(closing) = look {
+                    return Some((Err(closing), None));
+                },
                 () = overdue => return Some((Err(Status::deadline_exceeded("not every node is done")), None)),
             }
             let response = progress(&hub.lock(), &target);
@@ -141,7 +149,9 @@ fn target(shared: &Shared, request: &v1::WaitRequest) -> Result<Target, Status> 
         Some(v1::wait_request::Target::Service(service)) => {
             let key = service_key(&service.namespace, &service.name)?;
             let changed = shared.store.last_changed(&key);
-            let seq = changed.ok_or_else(|| Status::not_found(format!("service {key}: not found")))?;
+            let seq = changed.ok_or_else(|| {
+                Status::not_found(format!("service {key}: not found, nor a removal of it that is remembered"))
+            })?;
             (seq, Some(key))
         }
     };
@@ -160,7 +170,11 @@ fn progress(shared: &Shared, target: &Target) -> v1::WaitResponse {
         target: Some(target.position.clone()),
         nodes_expected: progress.expected,
         nodes_done: progress.done,
-        laggards: progress.laggards.iter().map(|name| nodes::laggard(shared, name)).collect(),
+        laggards: progress
+            .laggards
+            .iter()
+            .map(|name| nodes::laggard(shared, name, target.service.as_ref()))
+            .collect(),
         done: progress.done == progress.expected,
     }
 }
@@ -169,23 +183,31 @@ fn progress(shared: &Shared, target: &Target) -> v1::WaitResponse {
 /// more often than the interval.
 struct Looks {
     activity: Receiver<u64>,
+    closing: Receiver<bool>,
     interval: Duration,
     last: Option<tokio::time::Instant>,
 }
 
 impl Looks {
     fn new(hub: &Hub, interval: Duration) -> Self {
-        Self { activity: hub.activity(), interval, last: None }
+        Self { activity: hub.activity(), closing: hub.closing(), interval, last: None }
     }
 
-    /// `None` = nothing will happen any more.
-    async fn next(&mut self) -> Option<()> {
+    /// Fails when the server goes: nothing that happens then is worth waiting for.
+    async fn next(&mut self) -> Result<(), Status> {
+        let closing = || Status::unavailable("the server is shutting down");
         if let Some(last) = self.last {
-            tokio::time::sleep_until(last + self.interval).await;
-            self.activity.changed().await.ok()?;
+            let due = async {
+                tokio::time::sleep_until(last + self.interval).await;
+                self.activity.changed().await
+            };
+            tokio::select! {
+                changed = due => changed.map_err(|_| closing())?,
+                _ = self.closing.wait_for(|closing| *closing) => return Err(closing()),
+            }
         }
         self.activity.borrow_and_update();
         self.last = Some(tokio::time::Instant::now());
-        Some(())
+        Ok(())
     }
 }

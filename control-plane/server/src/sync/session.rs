@@ -85,7 +85,7 @@ impl Session {
             Err(end) => {
                 self.ended = true;
                 // The node is gone for everybody else as of now, not when the transport is done.
-                self.hub.leave(self.stream);
+                self.hub.leave(self.stream, end.why());
                 match end {
                     End::Goodbye(goodbye) => response(v1::sync_response::Kind::Goodbye(goodbye)),
                     End::Failed(status) => return Some(Err(status)),
@@ -184,7 +184,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         self.inbound.abort();
         if !self.ended {
-            self.hub.leave(self.stream);
+            self.hub.leave(self.stream, "the connection is gone");
         }
     }
 }

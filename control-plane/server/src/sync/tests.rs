@@ -225,7 +225,7 @@ async fn the_newest_process_of_a_node_name_has_the_stream() {
     assert!(old.next().await.unwrap().is_none(), "it was the last message");
     let refused = refusal(world.channel().await, vec![request(Request::Hello(hello("n1", "old")))]).await;
     assert_eq!(refused.code(), Code::AlreadyExists);
-    assert!(refused.message().contains("instance new at 127.0.0.1:"), "{}", refused.message());
+    assert!(refused.message().contains("instance \"new\" at 127.0.0.1:"), "{}", refused.message());
     drop(new);
     // The server notices in its own time.
     let mut activity = world.hub.activity();
@@ -316,6 +316,7 @@ async fn an_unusable_beginning_is_refused() {
         (first(Request::Ack(v1::Ack::default())), Code::InvalidArgument, "not a Hello"),
         (first(Request::Hello(hello("", "a"))), Code::InvalidArgument, "hello.node_name"),
         (first(Request::Hello(hello(&long, "a"))), Code::InvalidArgument, "hello.node_name"),
+        (first(Request::Hello(hello("n1\nn2", "a"))), Code::InvalidArgument, "hello.node_name"),
         (first(Request::Hello(hello("n1", ""))), Code::InvalidArgument, "hello.instance_id"),
         (
             first(Request::Hello(v1::Hello { protocol_min: 2, protocol_max: 3, ..hello("n1", "a") })),
@@ -327,7 +328,7 @@ async fn an_unusable_beginning_is_refused() {
         assert_eq!(status.code(), code, "{status}");
         assert!(status.message().contains(says), "{status}");
     }
-    assert_eq!(world.hub.counters().streams_refused.get(), 7);
+    assert_eq!(world.hub.counters().streams_refused.get(), 8);
     assert_eq!(world.hub.overview().streams, 0);
 }
 
@@ -366,6 +367,12 @@ async fn contradictory_reports_end_the_stream_and_late_ones_do_not() {
         tokio::time::timeout(PATIENCE, activity.changed()).await.unwrap().unwrap();
     }
     assert_eq!(world.hub.counters().acks_refused.get(), 1);
+    let mut liar = world.node(hello("n2", "a")).await;
+    liar.reach(1).await;
+    let elsewhere = v1::Position { digest: vec![1; 32].into(), ..head.clone() };
+    liar.send(Request::Ack(ack(&elsewhere, 1))).await;
+    let status = liar.next().await.unwrap_err();
+    assert!(status.message().starts_with("ack: position.digest: "), "{status}");
     node.send(Request::Ack(ack(&head, 2))).await;
     let status = node.next().await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
@@ -397,6 +404,15 @@ async fn a_server_that_goes_says_goodbye() {
     assert!(node.next().await.unwrap().is_none());
     drop(node);
     tokio::time::timeout(PATIENCE, world.server).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn what_is_complete_after_the_server_began_to_go_is_not_served() {
+    let world = World::unsynced(Config::default(), None).await;
+    world.hub.shut_down();
+    world.hub.not_serving("services: not listed yet".into());
+    world.hub.start_serving();
+    assert_eq!(world.hub.overview().not_serving.unwrap(), "the server is shutting down");
 }
 
 #[tokio::test]
