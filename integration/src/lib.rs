@@ -6,6 +6,7 @@
 //!   │                                                   └─> load: at a steady rate, each judged
 //!   └─> product: control plane and agents inside ──> scenario: manifests, probes, expectations
 //! apiserver: a real Kubernetes API server, for the Kubernetes source
+//! control_plane, follower: the control plane as a process on loopback, and nodes without a kernel
 //! ```
 //!
 //! All that drives the product from outside only: its programs, its files and its gRPC contract.
@@ -14,9 +15,12 @@
 
 pub mod apiserver;
 pub mod bench;
+pub mod control_plane;
 pub mod fixture;
+pub mod follower;
 pub mod lab;
 pub mod load;
 pub mod product;
 pub mod scenario;
+pub mod simulator;
 pub mod traffic;

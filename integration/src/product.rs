@@ -438,14 +438,14 @@ pub fn wait_until<T>(
 }
 
 /// Where cargo puts programs: beside this one, or above where it is a test.
-fn binaries() -> Result<PathBuf> {
+pub(crate) fn binaries() -> Result<PathBuf> {
     let this = std::env::current_exe()?;
     let directory = this.parent().context("this program has no directory")?;
     let above = directory.parent().filter(|_| directory.ends_with("deps"));
     Ok(above.unwrap_or(directory).to_path_buf())
 }
 
-fn program(binaries: &Path, name: &str) -> Result<PathBuf> {
+pub(crate) fn program(binaries: &Path, name: &str) -> Result<PathBuf> {
     let path = binaries.join(name);
     ensure!(path.is_file(), "{} is not built: `cargo build --workspace --bins`", path.display());
     Ok(path)

@@ -98,6 +98,13 @@ pub(crate) const PARTS: &[Part] = &[
         needs_root: true,
     },
     Part {
+        name: "control-plane",
+        about: "the control plane as a process: real API server, kills, TLS",
+        in_everything: true,
+        steps: &[Step::Integration("control_plane", &[]), Step::Integration("tls", &[])],
+        needs_root: false,
+    },
+    Part {
         name: "packets",
         about: "the whole product: every scenario with real packets, every mode",
         in_everything: true,
