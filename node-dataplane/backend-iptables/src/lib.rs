@@ -12,7 +12,20 @@
 //!
 //! What is ours, also to a process that starts anew: in nat and filter the chains that
 //! kube-proxy makes (see `names`), and jumps from built-in chains into them. `KUBE-FIREWALL`,
-//! `KUBE-KUBELET-CANARY` and `KUBE-IPTABLES-HINT` are kubelet's and never touched.
+//! `KUBE-KUBELET-CANARY` and `KUBE-IPTABLES-HINT` are kubelet's and never touched. A fresh process
+//! reads `iptables-save` once and writes what differs; a kube-proxy's rules are adopted alike.
+//!
+//! Where the rules differ from kube-proxy's, on purpose:
+//! * filter `KUBE-EXTERNAL-SERVICES` is also entered from OUTPUT, so the node's own connections
+//!   to an external address without endpoints are refused and do not leave the node.
+//! * Node ports never answer on loopback addresses, neither to be forwarded nor to be refused.
+//! * Comments on endpoints stay, however many there are.
+//! * A source that is refused while others are forwarded meets rules that test the source.
+//! * There are no canary chains: generations and table sizes tell of a flush, and the audit
+//!   of everything else.
+//!
+//! Where the nft flavour gets much at once it commits in sections (see `input`): what can be
+//! reached of a Service is whole at every moment, but not all Services change at one instant.
 //!
 //! It does not know traffic policies, readiness or topology: it looks at the plan's actions
 //! only.

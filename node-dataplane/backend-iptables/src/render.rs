@@ -83,6 +83,10 @@ struct Actions {
 
 impl Actions {
     fn of(frontend: &Frontend, terms: &Terms) -> Self {
+        if terms.pods.iter().any(|range| range.ends_with("/0")) {
+            // Every source is a pod's. The tools have no way to write "not in 0.0.0.0/0".
+            return Self { pod: None, node: None, rest: frontend.from_pod };
+        }
         let rest = frontend.from_elsewhere;
         let node = (frontend.from_node != rest).then_some(frontend.from_node);
         // Pods come first, so they are told apart also where only the node differs.

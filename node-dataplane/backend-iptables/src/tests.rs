@@ -348,3 +348,14 @@ fn the_nft_flavour_gets_small_sections_that_end_in_the_same_rules() {
     cut.cleanup().unwrap();
     assert!(!nft.rules().contains("KUBE-"));
 }
+
+#[test]
+fn where_every_address_is_a_pods_no_rule_asks_for_it() {
+    let mut all = plan([simple(1)]);
+    all.node.pods =
+        Some(PodSources::Cidrs(vec!["10.244.0.0/16".parse().unwrap(), "0.0.0.0/0".parse().unwrap()]));
+    let text = input(&all, Flavour::Legacy, Family::V4);
+    assert!(text.contains("default/s1:http") && !text.contains("-s 0.0.0.0/0"), "{text}");
+    let marks = text.lines().filter(|line| line.ends_with("-j KUBE-MARK-MASQ"));
+    assert_eq!(marks.count(), 1, "the hairpin's: pods are not masqueraded otherwise");
+}
