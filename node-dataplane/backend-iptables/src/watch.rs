@@ -1,12 +1,17 @@
 //! Cheap signs that somebody else changed the tables.
 //!
-//! nft: the generation counter, which every transaction of anybody raises. legacy: size and
+//! nft: the generation counter, which every transaction of anybody raises, and then the
+//! kernel's messages about it: only what touches chains of ours, or built-in chains that we hook
+//! into, counts. Where messages were lost everything counts. legacy: size and
 //! number of entries of each table, which a flush and nearly every edit changes; an edit
 //! that keeps both is found by the audit.
 
-use lockstep_kernel::nf_tables::{self, Kernel};
+use lockstep_kernel::netlink::attr::Attributes;
+use lockstep_kernel::nf_tables::{self, Kernel, Netfilter};
 use lockstep_kernel::xtables;
 
+use crate::fixed;
+use crate::names::Table;
 use crate::tool::Flavour;
 
 pub(crate) struct Watch {
@@ -29,7 +34,9 @@ impl Watch {
 
     /// Takes what is there now as ours.
     pub(crate) fn settle(&mut self) {
-        self.last = self.marks();
+        let now = self.marks();
+        self.heard();
+        self.last = now;
     }
 
     /// Makes the next look say yes.
@@ -40,8 +47,16 @@ impl Watch {
     /// True where something changed since the last look.
     pub(crate) fn look(&mut self) -> bool {
         let now = self.marks();
-        let changed = now.is_none() || now != self.last;
-        let changed = std::mem::take(&mut self.suspected) || (changed && self.last.is_some());
+        let last = self.last.take();
+        let changed = match (&last, &now) {
+            (_, None) => true,
+            (Some(Marks::Generation(last)), Some(Marks::Generation(now))) if last != now => {
+                let (heard, transactions) = self.heard();
+                heard != Heard::Nothing || transactions != now.wrapping_sub(*last)
+            }
+            (last, now) => last != now,
+        };
+        let changed = std::mem::take(&mut self.suspected) || (changed && last.is_some());
         self.last = now;
         changed
     }
@@ -52,7 +67,8 @@ impl Watch {
                 if self.netfilter.is_none() {
                     self.netfilter = Kernel::open().ok();
                 }
-                let generation = nf_tables::generation(self.netfilter.as_mut()?).ok();
+                let netfilter = self.netfilter.as_mut()?;
+                let generation = netfilter.listen(true).and_then(|()| nf_tables::generation(netfilter)).ok();
                 if generation.is_none() {
                     self.netfilter = None;
                 }
@@ -66,4 +82,46 @@ impl Watch {
             }
         }
     }
+
+    /// What the messages since the last call concern, and how many transactions they are of.
+    fn heard(&mut self) -> (Heard, u32) {
+        let Some(netfilter) = &mut self.netfilter else { return (Heard::Nothing, 0) };
+        let (mut ours, mut transactions) = (false, 0);
+        let complete = netfilter.heard(&mut |message| {
+            if message.kind & 0xff == NEW_GENERATION {
+                transactions += 1;
+            } else {
+                ours |= concerns_us(message.kind & 0xff, message.payload);
+            }
+        });
+        match complete {
+            Ok(true) if !ours => (Heard::Nothing, transactions),
+            _ => (Heard::Ours, transactions),
+        }
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Heard {
+    Nothing,
+    Ours,
+}
+
+/// `NFT_MSG_*` of the end of a transaction, and of chains and rules that come and go.
+const NEW_GENERATION: u16 = 15;
+const CHAINS: [u16; 2] = [3, 5];
+const RULES: [u16; 2] = [6, 8];
+
+/// True for a message about a chain that we write to, or about a table as a whole.
+fn concerns_us(kind: u16, payload: &[u8]) -> bool {
+    let attributes = Attributes::of(payload.get(4..).unwrap_or_default());
+    let text = |kind| attributes.get(kind).map(|name| name.text());
+    let of_ours = text(1).is_some_and(|table| Table::ALL.iter().any(|ours| ours.name() == table));
+    let chain = match kind {
+        kind if CHAINS.contains(&kind) => text(3),
+        kind if RULES.contains(&kind) => text(2),
+        _ => return of_ours,
+    };
+    let hooked = |chain: &str| fixed::jumps().iter().any(|jumps| jumps.chain == chain);
+    of_ours && chain.is_none_or(|chain| chain.starts_with("KUBE-") || hooked(chain))
 }

@@ -347,3 +347,25 @@ fn the_flavour_in_use_is_taken() {
     })
     .expect("these tests make network namespaces and need root");
 }
+
+#[test]
+fn what_others_do_elsewhere_does_not_disturb() {
+    netns::run_in_new(|| {
+        let (mut backend, _) = open(Flavour::Nft);
+        backend.sync(&three()).unwrap();
+        foreign(Flavour::Nft);
+        assert!(backend.disturbed().unwrap(), "a jump was put before ours");
+        for harmless in [
+            "iptables-nft -t nat -A CNI-MINE -j RETURN",
+            "iptables-nft -t mangle -A FORWARD -j RETURN",
+            "nft add table inet mine; nft add chain inet mine KUBE-SERVICES",
+        ] {
+            sh(harmless);
+            assert!(!backend.disturbed().unwrap(), "{harmless}");
+        }
+        sh("iptables-nft -t nat -F KUBE-SVC-WWRFY3PZ7W3FGMQW");
+        assert!(backend.disturbed().unwrap());
+        assert!(!backend.disturbed().unwrap(), "said once");
+    })
+    .expect("these tests make network namespaces and need root");
+}
