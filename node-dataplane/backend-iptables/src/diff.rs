@@ -38,7 +38,7 @@ pub(crate) fn against_memory(old: &ServiceRules, new: &ServiceRules) -> Vec<Op> 
     ops
 }
 
-fn insert(block: &Block) -> Op {
+pub(crate) fn insert(block: &Block) -> Op {
     Op::Insert { chain: block.chain, back: block.back, rules: block.rules.clone() }
 }
 

@@ -9,11 +9,12 @@ use lockstep_view::{ForwardingPlan, NodePlan, ServicePlan};
 use rustc_hash::FxHashMap;
 
 use crate::diff::{self, Kept, KernelDiff, Wanted};
-use crate::fixed::Terms;
-use crate::input::{Change, Input, Owner};
+use crate::fixed::{self, Terms};
+use crate::input::{Change, Input, Op, Owner};
+use crate::names::{Shared, Table};
 use crate::observe::Snapshot;
 use crate::render::ServiceRules;
-use crate::tool::{Tool, ToolError};
+use crate::tool::{Flavour, Tool, ToolError};
 
 /// What the tool and the kernel can do for one family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,7 +184,7 @@ impl FamilyState {
 
     /// The short way: one restore from memory. What is refused goes the long way.
     fn write(&mut self, pass: &mut Pass) -> Result<(), ToolError> {
-        let changes: Vec<Change> = pass
+        let mut changes: Vec<Change> = pass
             .wanted
             .iter()
             .map(|(key, wanted)| Change {
@@ -195,16 +196,45 @@ impl FamilyState {
         if changes.is_empty() {
             return Ok(());
         }
+        let owners = changes.iter().map(|change| change.owner.clone()).collect();
+        if self.tool.flavour == Flavour::Nft && self.left_out.is_empty() {
+            self.rewrite_shared(pass, &mut changes);
+        }
         let input = Input::new(self.tool.flavour, self.in_force.len(), &changes);
         match self.tool.restore(&input.text) {
             Ok(()) => pass.objects += input.objects,
             Err(error) if error.concerns_rules() => {
                 tracing::warn!(%error, "restore refused: looking for the Service");
-                self.settle(pass, changes.into_iter().map(|change| change.owner).collect())?;
+                self.settle(pass, owners)?;
             }
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    /// Writes those shared chains of nat whole that would lose many lines.
+    fn rewrite_shared(&self, pass: &Pass, changes: &mut Vec<Change>) {
+        for shared in [Shared::Services, Shared::NodePorts] {
+            let name = shared.chain();
+            let leaves = |op: &Op| matches!(op, Op::Remove { table: Table::Nat, chain, .. } if chain == name);
+            if changes.iter().flat_map(|change| &change.ops).filter(|op| leaves(op)).count() <= REMOVALS {
+                continue;
+            }
+            let comes = |op: &Op| matches!(op, Op::Insert { chain, .. } if *chain == shared);
+            changes.iter_mut().for_each(|change| change.ops.retain(|op| !leaves(op) && !comes(op)));
+            let mut stay: Vec<&ServiceKey> =
+                self.in_force.keys().filter(|key| !pass.wanted.contains_key(*key)).collect();
+            stay.sort_unstable();
+            let blocks = stay.into_iter().flat_map(|key| self.rules_in_force(key).blocks);
+            let blocks = blocks.chain(pass.wanted.values().flat_map(|wanted| wanted.new.blocks.clone()));
+            let (table, chain) = (Table::Nat, name.to_owned());
+            let mut ops = vec![Op::Write { table, chain: chain.clone(), body: String::new() }];
+            ops.extend(blocks.filter(|block| block.chain == shared).map(|block| diff::insert(&block)));
+            if shared == Shared::Services {
+                ops.push(Op::Append { table, chain, rules: fixed::services_tail(&pass.terms) });
+            }
+            changes.insert(0, Change { owner: Owner::Everybody, ops });
+        }
     }
 
     /// Compares with the kernel and writes the difference for `owners`; what is refused is
@@ -290,6 +320,11 @@ impl FamilyState {
             || plan.services.get(key).is_some_and(|plan| plan.ports.iter().any(|port| port.family == family))
     }
 }
+
+/// The nft flavour takes 1.5 us for each pair of a line that leaves a shared chain and a line that
+/// is there, and 100 us for a line that is written. More removals than this take longer
+/// than the chain as a whole.
+const REMOVALS: usize = 64;
 
 /// One pass over some or all Services.
 struct Pass {

@@ -345,6 +345,8 @@ fn the_nft_flavour_gets_small_sections_that_end_in_the_same_rules() {
     whole.apply(&gone, &keys).unwrap();
     assert_eq!(nft.rules(), legacy.rules());
     assert_eq!(cut.verify().unwrap(), []);
+    assert!(nft.rules().contains("NOTE: this must be the last rule"), "written again with its chain");
+    assert_eq!(cut.sync(&gone).unwrap().objects_changed, 0);
     cut.cleanup().unwrap();
     assert!(!nft.rules().contains("KUBE-"));
 }
