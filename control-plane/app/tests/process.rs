@@ -1,7 +1,7 @@
 //! The program as a process: exit codes, start-up errors, a clean end. Needs no root.
 
-use std::io::{BufRead, BufReader, Read};
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output, Stdio};
 
 fn control_plane(arguments: &[&str]) -> Command {
@@ -68,6 +68,39 @@ fn sigterm_is_a_clean_end_and_logs_are_json_where_asked_for() {
     let mut rest = String::new();
     log.read_to_string(&mut rest).unwrap();
     assert!(rest.contains("\"stopped\""), "{rest}");
+    assert_eq!(process.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn without_file_descriptors_it_waits_says_so_once_and_goes_on() {
+    let mut shell = Command::new("sh");
+    let program = env!("CARGO_BIN_EXE_lockstep-control-plane");
+    shell.args(["-c", "ulimit -n 48; exec \"$0\" \"$@\"", program, "--source", &directory()]);
+    shell.args(["--listen", "127.0.0.1:0", "--insecure", "--log-format", "json"]).env_remove("LOCKSTEP_LOG");
+    let mut process = shell.stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(process.stderr.take().unwrap());
+    let mut until = |what: &str| {
+        let mut line = String::new();
+        while !line.contains(what) {
+            line.clear();
+            assert!(log.read_line(&mut line).unwrap() > 0, "it ended before: {what}");
+        }
+        serde_json::from_str::<serde_json::Value>(&line).unwrap()
+    };
+    assert_eq!(until("few open files")["maximum"], 48);
+    let address = until("\"started\"")["listen"].as_str().unwrap().to_owned();
+    let crowd: Vec<TcpStream> = (0..64).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    until("could not be accepted");
+    drop(crowd);
+    // An HTTP/2 server speaks first: its settings.
+    let mut late = TcpStream::connect(&address).unwrap();
+    late.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();
+    late.read_exact(&mut [0; 9]).unwrap();
+    let killed = Command::new("kill").args(["-TERM", &process.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let mut rest = String::new();
+    log.read_to_string(&mut rest).unwrap();
+    assert!(!rest.contains("could not be accepted"), "{rest}");
     assert_eq!(process.wait().unwrap().code(), Some(0));
 }
 

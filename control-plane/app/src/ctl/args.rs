@@ -111,7 +111,11 @@ pub(super) enum Command {
         #[arg(long, value_name = "LINES")]
         count: Option<u64>,
     },
-    /// Waits until a Service (without one: the whole state) as it is now has come to every node
+    /// Waits until a Service (without one: the whole state) as it is now has come to every node.
+    ///
+    /// As it is now: its last change that the control plane has read. A Service that was deleted is
+    /// waited for until it is gone everywhere; one that nobody has heard of is exit code 3 after two
+    /// seconds, so a wait right after `kubectl apply` or `kubectl delete` does what it says.
     Wait {
         /// Which, as NAMESPACE/NAME; none = everything
         #[arg(value_name = "NS/NAME")]

@@ -25,6 +25,12 @@ const BEHIND: u32 = 20;
 /// How long a question that is answered at once may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a Service that a wait is for may be unknown.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// How often it is asked for meanwhile.
+const RETRY: Duration = Duration::from_millis(100);
+
 type Client = StatusServiceClient<Channel>;
 
 /// Runs the command and writes what it has to say.
@@ -198,16 +204,27 @@ async fn wait(
         }
         None => v1::wait_request::Target::Seq(0),
     };
-    let mut request = tonic::Request::new(v1::WaitRequest {
-        target: Some(target),
-        level: level.to_wire().into(),
-        ..Default::default()
-    });
-    request.set_timeout(timeout);
-    let mut last = v1::WaitResponse::default();
-    let mut progress = client.wait(request).await?.into_inner();
+    let wanted =
+        v1::WaitRequest { target: Some(target), level: level.to_wire().into(), ..Default::default() };
+    let (mut last, mut unknown) = (v1::WaitResponse::default(), None);
+    let mut progress = loop {
+        let left = timeout.saturating_sub(start.elapsed());
+        let mut request = tonic::Request::new(wanted.clone());
+        request.set_timeout(left);
+        match client.wait(request).await {
+            Ok(progress) => break progress.into_inner(),
+            // Right after `kubectl apply` the control plane may be a moment behind.
+            Err(status) if status.code() == Code::NotFound && start.elapsed() < timeout.min(GRACE) => {
+                unknown = Some(status);
+                tokio::time::sleep(RETRY.min(left)).await;
+            }
+            // Where the time was over before the answer, the one before counts.
+            Err(status) => return Err(unknown.unwrap_or(status).into()),
+        }
+    };
     // The server ends it at the deadline; where the connection is gone, the clock here does.
-    let follow = tokio::time::timeout(timeout, async {
+    let left = timeout.saturating_sub(start.elapsed());
+    let follow = tokio::time::timeout(left, async {
         while !last.done {
             match progress.message().await {
                 Ok(Some(response)) => last = response,

@@ -331,12 +331,27 @@ async fn a_wait_ends_with_who_is_missing_or_with_everybody() {
 }
 
 #[tokio::test]
+async fn a_wait_may_be_a_moment_early() {
+    let world = World::new().await;
+    let create = async {
+        // However this and the first question fall, the wait finds the Service.
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        let mut changes = lockstep_store::Changes::default();
+        changes.upsert(Service { key: ServiceKey::new("default", "late"), ..service("web") });
+        world.input(Input::Changes { changes, nodes: vec![], quarantine: vec![] }).await;
+    };
+    let ((text, code), ()) = tokio::join!(world.run("wait default/late --timeout 1s"), create);
+    assert_eq!(code, 4, "{text}");
+    assert!(text.starts_with("default/late: seq 2 verified on 0 of 1 nodes"), "{text}");
+}
+
+#[tokio::test]
 async fn exit_codes_tell_what_went_wrong() {
     let world = World::new().await;
     for (line, expected) in [
         ("service default/gone", 3),
         ("node gone", 3),
-        ("wait default/gone", 3),
+        ("wait default/gone --timeout 300ms", 3),
         ("status --server https://127.0.0.1:1", 2),
         ("status --server http://127.0.0.1:1", 1),
     ] {
