@@ -40,6 +40,10 @@ const MERGE: usize = 64;
 const CHORES_EVERY: Duration = Duration::from_millis(100);
 /// Names that no resource uses any more are dropped this often.
 const SHRINK_EVERY: Duration = Duration::from_secs(600);
+/// After a pass over everything, or over so many Services in any number of passes, memory is
+/// given back to the kernel; not at once, so that the cache has written too.
+const GIVE_BACK_FROM: usize = 1_000;
+const GIVE_BACK_AFTER: Duration = Duration::from_secs(3);
 
 /// Everything that can happen to the loop.
 #[derive(Debug)]
@@ -99,6 +103,9 @@ pub struct Reconciler {
     viewed: bool,
     chores_at: Instant,
     shrink_at: Instant,
+    give_back_at: Option<Instant>,
+    /// Services programmed since memory was given back last.
+    touched: usize,
     /// Read-backs in a row that differed.
     differing: u32,
     /// A read-back differed and nothing counts as verified until everything has been compared,
@@ -177,6 +184,8 @@ impl Reconciler {
             viewed: false,
             chores_at: now.monotonic,
             shrink_at: now.monotonic + SHRINK_EVERY,
+            give_back_at: None,
+            touched: 0,
             differing: 0,
             recheck_at: None,
             repair_logged: None,
@@ -350,6 +359,10 @@ impl Reconciler {
         if now.monotonic >= self.shrink_at {
             self.shrink_at = now.monotonic + SHRINK_EVERY;
             self.session.shrink();
+        }
+        if self.give_back_at.is_some_and(|at| now.monotonic >= at) {
+            self.give_back_at = None;
+            lockstep_kernel::memory::give_back();
         }
     }
 

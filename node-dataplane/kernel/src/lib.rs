@@ -10,6 +10,7 @@
 
 mod errno;
 pub mod exec;
+pub mod memory;
 pub mod netlink;
 pub mod netns;
 pub mod nf_tables;

@@ -10,7 +10,7 @@ use lockstep_model::ServiceKey;
 use lockstep_view::Changed;
 use lockstep_view::backend::{Applied, BackendError, Drift};
 
-use super::{Pending, Reconciler, pace};
+use super::{GIVE_BACK_AFTER, GIVE_BACK_FROM, Pending, Reconciler, pace};
 use crate::metrics::{Changes, Phase};
 
 /// A read-back that differs this many times in a row, each time after comparing everything, is
@@ -79,6 +79,11 @@ impl Reconciler {
             }
         }
         self.keep(pending.committed);
+        self.touched += if full { GIVE_BACK_FROM } else { changed.len() };
+        if self.touched >= GIVE_BACK_FROM {
+            self.touched = 0;
+            self.give_back_at.get_or_insert(now.monotonic + GIVE_BACK_AFTER);
+        }
     }
 
     /// The backend refused and is given time. The plan and the disk go on, so that what waits
