@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use lockstep_client::transport::{Security, Servers};
@@ -92,7 +93,7 @@ pub struct RunArguments {
     #[arg(long, env = "LOCKSTEP_METRICS", default_value = "127.0.0.1:10249", value_name = "ADDR:PORT")]
     pub metrics: SocketAddr,
     /// Allows plaintext connections to the control plane.
-    #[arg(long, env = "LOCKSTEP_INSECURE", conflicts_with_all = ["ca", "cert", "key"])]
+    #[arg(long, env = "LOCKSTEP_INSECURE", value_parser = BoolishValueParser::new())]
     pub insecure: bool,
     /// Certificate authority of the control plane (PEM).
     #[arg(long, env = "LOCKSTEP_CA", value_name = "FILE")]
@@ -192,6 +193,9 @@ impl RunArguments {
 
     fn security(&self) -> anyhow::Result<Security> {
         if self.insecure {
+            if self.ca.is_some() || self.cert.is_some() || self.key.is_some() {
+                bail!("--insecure cannot be used with --ca, --cert and --key");
+            }
             return Ok(Security::Plaintext);
         }
         let ca = self.ca.as_deref().context("one of --ca FILE and --insecure is needed")?;
@@ -199,7 +203,12 @@ impl RunArguments {
             (Some(cert), Some(key)) => Some((read("--cert", cert)?, read("--key", key)?)),
             _ => None,
         };
-        Ok(Security::Tls { ca: read("--ca", ca)?, identity })
+        let authority = read("--ca", ca)?;
+        // Without one, every server would be refused, for ever.
+        if !String::from_utf8_lossy(&authority).contains("-----BEGIN CERTIFICATE-----") {
+            bail!("--ca {}: there is no PEM certificate in it", ca.display());
+        }
+        Ok(Security::Tls { ca: authority, identity })
     }
 }
 
@@ -287,6 +296,17 @@ mod tests {
             GOOD.into_iter().filter(|argument| *argument != "--insecure").collect();
         arguments.push("--ca=/nonexistent/ca.pem");
         assert!(check(&arguments).unwrap_err().contains("/nonexistent/ca.pem"));
+    }
+
+    #[test]
+    fn an_authority_without_a_certificate_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "not a certificate").unwrap();
+        let flag = format!("--ca={}", file.path().display());
+        let mut arguments =
+            ["lockstep-node", "--node-name=a", "--state-dir=/x", "--control-plane=https://a:1"].to_vec();
+        arguments.push(&flag);
+        assert!(check(&arguments).unwrap_err().contains("no PEM certificate"));
     }
 
     #[test]
