@@ -86,10 +86,12 @@ impl<N: Netfilter> Nftables<N> {
         if self.state.node.as_ref() != Some(&plan.node) {
             return self.sync_all(plan);
         }
+        // Twice the same would be staged twice. Whoever sorts has no duplicates beside each other.
         let mut seen = FxHashSet::default();
+        let unique = changed.is_sorted_by(|a, b| a < b);
         let changed: Vec<Changed<'_>> = changed
             .iter()
-            .filter(|key| changed.len() == 1 || seen.insert(*key))
+            .filter(|key| unique || seen.insert(*key))
             .map(|key| Changed { key, plan: plan.services.get(key), slot: self.state.services.slot(key) })
             .collect();
         let mut excluded = excluded_by_plan(changed.iter().filter_map(|one| Some((one.key, one.plan?))));

@@ -130,6 +130,23 @@ impl EndpointSet {
         Some(patch)
     }
 
+    /// The set with a patch made by [`patch_to`](Self::patch_to). Endpoints stay sorted,
+    /// whatever the order inside the patch.
+    #[must_use]
+    pub fn patched(&self, patch: &EndpointPatch) -> EndpointSet {
+        let mut set = EndpointSet {
+            key: self.key.clone(),
+            family: self.family,
+            ports: self.ports.clone(),
+            endpoints: Vec::with_capacity(
+                self.endpoints.len() + patch.upserts.len().saturating_sub(patch.removed.len()),
+            ),
+        };
+        set.endpoints.extend_from_slice(&self.endpoints);
+        set.apply_patch(patch);
+        set
+    }
+
     /// Applies a patch made by [`patch_to`](Self::patch_to). Endpoints stay sorted, whatever
     /// the order inside the patch.
     pub fn apply_patch(&mut self, patch: &EndpointPatch) {

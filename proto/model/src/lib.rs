@@ -35,7 +35,7 @@ pub use service::{
     Family, Feature, LoadBalancerIngress, Protocol, Service, ServicePort, ServiceType, TrafficDistribution,
     TrafficPolicy,
 };
-pub use state::State;
+pub use state::{Held, Put, State};
 
 /// A port number; never 0.
 pub type Port = std::num::NonZeroU16;

@@ -1,6 +1,7 @@
-use std::collections::HashMap;
-use std::collections::hash_map::Entry as MapEntry;
 use std::sync::Arc;
+
+use hashbrown::hash_map::EntryRef;
+use hashbrown::{Equivalent, HashMap};
 
 use crate::{Digest, EndpointSet, Key, Resource, Service, ServiceKey, Version};
 
@@ -20,6 +21,53 @@ struct Entry {
     sets: Vec<(Version, Arc<EndpointSet>)>,
 }
 
+/// What a state holds of one Service.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Held<'a>(Option<&'a Entry>);
+
+impl<'a> Held<'a> {
+    /// The Service itself, if it is there: endpoints can be held without it.
+    pub fn service(self) -> Option<&'a Arc<Service>> {
+        Some(&self.0?.service.as_ref()?.1)
+    }
+
+    /// Its endpoint sets, sorted by slice name.
+    pub fn endpoint_sets(self) -> impl Iterator<Item = &'a Arc<EndpointSet>> {
+        self.0.into_iter().flat_map(|entry| &entry.sets).map(|(_, set)| set)
+    }
+
+    /// The set of a slice, with its version.
+    pub fn endpoint_set(self, slice: &str) -> Option<(Version, &'a Arc<EndpointSet>)> {
+        let entry = self.0?;
+        let (version, set) = &entry.sets[entry.find(slice).ok()?];
+        Some((*version, set))
+    }
+}
+
+/// What putting a resource in did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Put {
+    /// Nothing with its key was there.
+    New,
+    /// It is there in place of this one.
+    Replaced(Version, Resource),
+    /// The one with its key had the same version: nothing changed.
+    Same,
+}
+
+/// A Service's key that is not made yet: looking up needs no allocation.
+#[derive(Hash)]
+struct Names<'a> {
+    namespace: &'a str,
+    name: &'a str,
+}
+
+impl Equivalent<ServiceKey> for Names<'_> {
+    fn equivalent(&self, key: &ServiceKey) -> bool {
+        *key.name == *self.name && *key.namespace == *self.namespace
+    }
+}
+
 impl State {
     /// The Service, if the state has it. A state can hold endpoints of a Service it does not have.
     pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
@@ -29,6 +77,16 @@ impl State {
     /// Endpoint sets of a Service, sorted by slice name.
     pub fn endpoint_sets(&self, key: &ServiceKey) -> impl Iterator<Item = &Arc<EndpointSet>> {
         self.entries.get(key).into_iter().flat_map(|entry| &entry.sets).map(|(_, set)| set)
+    }
+
+    /// Everything held of a Service, looked up once.
+    pub fn held(&self, key: &ServiceKey) -> Held<'_> {
+        Held(self.entries.get(key))
+    }
+
+    /// The same by its names.
+    pub fn held_by_names(&self, namespace: &str, name: &str) -> Held<'_> {
+        Held(self.entries.get(&Names { namespace, name }))
     }
 
     /// Every Service that has a resource of any kind, in no order.
@@ -79,32 +137,47 @@ impl State {
     /// same version: nothing changed. `version` is that of the canonical bytes the resource
     /// was sent in, which this does not check.
     pub fn upsert(&mut self, version: Version, resource: Resource) -> bool {
+        self.put(version, resource) != Put::Same
+    }
+
+    /// The same, and says what was there before.
+    pub fn put(&mut self, version: Version, resource: Resource) -> Put {
         let key = resource.key();
-        let entry = self.entries.entry(key.service().clone()).or_default();
+        let entry = match self.entries.entry_ref(key.service()) {
+            EntryRef::Occupied(occupied) => occupied.into_mut(),
+            EntryRef::Vacant(vacant) => vacant.insert_with_key(key.service().clone(), Entry::default()),
+        };
         let old = match resource {
-            Resource::Service(service) => {
-                entry.service.replace((version, service)).map(|(version, _)| version)
-            }
+            Resource::Service(service) => entry
+                .service
+                .replace((version, service))
+                .map(|(version, service)| (version, Resource::Service(service))),
             Resource::EndpointSet(set) => match entry.find(&set.key.slice) {
-                Ok(at) => Some(std::mem::replace(&mut entry.sets[at], (version, set)).0),
+                Ok(at) => {
+                    let (version, set) = std::mem::replace(&mut entry.sets[at], (version, set));
+                    Some((version, Resource::EndpointSet(set)))
+                }
                 Err(at) => {
                     entry.sets.insert(at, (version, set));
                     None
                 }
             },
         };
-        match old {
-            Some(old) if old == version => return false,
-            Some(old) => self.digest.remove(&key, old),
-            None => self.resources += 1,
+        if let Some((old, _)) = &old {
+            if *old == version {
+                return Put::Same;
+            }
+            self.digest.remove(&key, *old);
+        } else {
+            self.resources += 1;
         }
         self.digest.add(&key, version);
-        true
+        old.map_or(Put::New, |(version, resource)| Put::Replaced(version, resource))
     }
 
     /// Takes a resource out. False where the state does not have it.
     pub fn remove(&mut self, key: &Key) -> bool {
-        let MapEntry::Occupied(mut occupied) = self.entries.entry(key.service().clone()) else {
+        let EntryRef::Occupied(mut occupied) = self.entries.entry_ref(key.service()) else {
             return false;
         };
         let entry = occupied.get_mut();
@@ -130,6 +203,8 @@ impl Entry {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -155,6 +230,12 @@ mod tests {
         let service = &set(1, 1).key.service;
         let slices: Vec<_> = state.endpoint_sets(service).map(|set| set.key.slice.to_string()).collect();
         assert_eq!(slices, ["x1", "x2"], "sorted");
+        assert_eq!(state.held(service).endpoint_set("x1").map(|(version, _)| version), Some(version(1)));
+        let by_names = state.held_by_names("default", "s1");
+        assert!(by_names.endpoint_set("x2").is_some() && by_names.endpoint_set("x3").is_none());
+        assert!(state.held_by_names("default", "s2").endpoint_sets().next().is_none());
+        let again = state.clone().put(version(2), set(1, 1).into());
+        assert_eq!(again, Put::Replaced(version(1), set(1, 1).into()));
         assert_eq!(state.service(service), None, "endpoints without their Service");
         assert_eq!((state.len(), state.service_keys().count(), state.resources().count()), (2, 1, 2));
 

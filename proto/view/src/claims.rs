@@ -39,6 +39,25 @@ pub(crate) type Claims = SmallVec<[Claim; 4]>;
 #[derive(Debug, Default)]
 pub(crate) struct Index(FxHashMap<Place, SmallVec<[Claimant; 1]>>);
 
+/// Whom to ask who has a place.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Owners<'a> {
+    /// The claims of all Services.
+    Index(&'a Index),
+    /// Nobody: what the Service claims is known to be its own.
+    Settled,
+}
+
+impl Owners<'_> {
+    /// Who has a place; `None` = whoever asks, as far as is known.
+    pub(crate) fn of(&self, place: &Place) -> Option<&ServiceKey> {
+        match self {
+            Owners::Index(index) => index.owner(place),
+            Owners::Settled => None,
+        }
+    }
+}
+
 impl Place {
     pub(crate) fn new(family: Family, surface: Surface, protocol: Protocol, port: Port) -> Self {
         let any: IpAddr = match family {
@@ -138,9 +157,6 @@ impl Index {
         new: &[Claim],
         shaken: &mut Vec<ServiceKey>,
     ) {
-        if old == new {
-            return;
-        }
         for claim in old.iter().filter(|claim| new.binary_search(claim).is_err()) {
             self.withdraw(key, claim, shaken);
         }

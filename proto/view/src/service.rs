@@ -9,7 +9,7 @@ use lockstep_model::{
 };
 use smallvec::SmallVec;
 
-use crate::claims::{self, Index, Place};
+use crate::claims::{self, Owners, Place};
 use crate::config::Facts;
 use crate::decide::{self, Situation, Verdicts};
 use crate::select::{self, Candidates};
@@ -21,14 +21,14 @@ pub(crate) fn plan(
     service: &Service,
     sets: &[&EndpointSet],
     facts: &Facts,
-    index: &Index,
+    owners: Owners<'_>,
 ) -> Option<ServicePlan> {
     let mut conflicts = Vec::new();
     let mut ports = Vec::with_capacity(claims::families(service, facts).count() * service.ports.len());
     for family in claims::families(service, facts) {
         let surfaces = claims::surfaces(service, family);
         for (at, port) in service.ports.iter().enumerate() {
-            let places = won(service, family, &surfaces, at, index, &mut conflicts);
+            let places = won(service, family, &surfaces, at, owners, &mut conflicts);
             if !places.is_empty() {
                 ports.push(port_plan(service, family, port, &places, sets, facts));
             }
@@ -51,7 +51,7 @@ fn won(
     family: Family,
     surfaces: &[Surface],
     at: usize,
-    index: &Index,
+    owners: Owners<'_>,
     conflicts: &mut Vec<Conflict>,
 ) -> Places {
     let port = &service.ports[at];
@@ -60,7 +60,7 @@ fn won(
     let wanted = wanted.chain(node_port.map(|number| (Surface::NodePort, number)));
     let mut places = Places::new();
     for (surface, number) in wanted {
-        match index.owner(&Place::new(family, surface, port.protocol, number)) {
+        match owners.of(&Place::new(family, surface, port.protocol, number)) {
             Some(owner) if *owner != service.key => conflicts.push(Conflict {
                 family,
                 surface,

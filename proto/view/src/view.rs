@@ -1,11 +1,11 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lockstep_model::{EndpointSet, NodeContext, ServiceKey, State};
+use lockstep_model::{EndpointSet, Held, NodeContext, ServiceKey, State};
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use crate::claims::{self, Claims, Index};
+use crate::claims::{self, Claims, Index, Owners};
 use crate::config::{Facts, ViewConfig};
 use crate::{ForwardingPlan, ServicePlan, service};
 
@@ -107,8 +107,11 @@ impl View {
             let keys: SmallVec<[&ServiceKey; 4]> = changed.iter().collect();
             self.replan(state, &keys, &mut services);
         }
-        services.sort_unstable();
-        services.dedup();
+        // The usual order already.
+        if !services.is_sorted_by(|a, b| a < b) {
+            services.sort_unstable();
+            services.dedup();
+        }
         Changed { services, node: std::mem::take(&mut self.node_changed) }
     }
 
@@ -120,16 +123,29 @@ impl View {
             self.index.reserve(new);
             changed.reserve(new);
         }
-        let mut shaken = Vec::new();
+        let (mut shaken, mut open) = (Vec::new(), Vec::new());
         for key in keys {
-            let old = self.plan.services.get(*key).map_or_else(Claims::new, |plan| claims::of_plan(plan));
-            let new = state.service(key);
-            let new = new.map_or_else(Claims::new, |service| claims::of_service(service, &self.facts));
-            self.index.replace(key, &old, &new, &mut shaken);
+            let held = state.held(key);
+            let old = self.plan.services.get_mut(*key);
+            let before = old.as_ref().map_or_else(Claims::new, |plan| claims::of_plan(plan));
+            let after = held.service().map_or_else(Claims::new, |it| claims::of_service(it, &self.facts));
+            if before != after {
+                self.index.replace(key, &before, &after, &mut shaken);
+            } else if let Some(old) = old.filter(|plan| plan.conflicts.is_empty())
+                && let Some(new) = plan_held(held, &self.facts, Owners::Settled)
+            {
+                // It claims what it had and nobody contested: nearly every change.
+                if **old != new {
+                    *old = Arc::new(new);
+                    changed.push((*key).clone());
+                }
+                continue;
+            }
+            open.push(*key);
         }
         shaken.sort_unstable();
         shaken.dedup();
-        for key in keys.iter().copied().chain(&shaken) {
+        for key in open.into_iter().chain(&shaken) {
             if self.plan_service(state, key) {
                 changed.push(key.clone());
             }
@@ -138,10 +154,7 @@ impl View {
 
     /// Plans one Service. False where its plan is what it was.
     fn plan_service(&mut self, state: &State, key: &ServiceKey) -> bool {
-        let plan = state.service(key).and_then(|service| {
-            let sets: SmallVec<[&EndpointSet; 8]> = state.endpoint_sets(key).map(|set| &**set).collect();
-            service::plan(service, &sets, &self.facts, &self.index)
-        });
+        let plan = plan_held(state.held(key), &self.facts, Owners::Index(&self.index));
         match (plan, self.plan.services.get_mut(key)) {
             (None, None) => false,
             (None, Some(_)) => self.plan.services.remove(key).is_some(),
@@ -156,6 +169,12 @@ impl View {
             }
         }
     }
+}
+
+fn plan_held(held: Held<'_>, facts: &Facts, owners: Owners<'_>) -> Option<ServicePlan> {
+    let service = held.service()?;
+    let sets: SmallVec<[&EndpointSet; 8]> = held.endpoint_sets().map(|set| &**set).collect();
+    service::plan(service, &sets, facts, owners)
 }
 
 impl ForwardingPlan {

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use lockstep_model::{Digest, Feature, Interner, Key, Kind, Resource, ServiceKey, State, Version, canonical};
+use lockstep_model::{
+    Digest, EndpointSet, Feature, Interner, Key, Kind, Put, Resource, ServiceKey, State, Version, canonical,
+};
 use lockstep_wire::{
     DecodeError, batch, decode_endpoint_set, decode_key, decode_patch, decode_service, raw, v1,
 };
@@ -234,28 +236,29 @@ impl Transaction {
     ) -> Result<Change, Refused> {
         let announced = Version::from_bytes(&patch.version);
         let refused = |key, reason, message, lost| Refused { key, version: announced, reason, message, lost };
-        let Some(key) = Key::parse(Kind::EndpointSet, &patch.key) else {
-            let message = format!("a patch of {:?}, which names no endpoint set", patch.key);
-            return Err(refused(None, FailureReason::Decode, message, false));
-        };
-        let lost = |key, message| Err(refused(Some(key), FailureReason::Decode, message, true));
+        // Only a patch that cannot be applied needs a key of its own.
+        let key = || Key::parse(Kind::EndpointSet, &patch.key);
+        let lost = |message| Err(refused(key(), FailureReason::Decode, message, true));
         let base = match &self.work {
-            Work::Changes(_) => held.get(&key),
-            Work::Replacement(state) => state.get(&key),
+            Work::Changes(_) => patched(held, &patch.key),
+            Work::Replacement(state) => patched(state, &patch.key),
         };
         let base = base.filter(|(version, _)| version.0[..] == patch.base_version[..]);
-        let Some((_, Resource::EndpointSet(base))) = base else {
-            return lost(key, "a patch of a version that is not held".to_owned());
+        let Some((_, base)) = base else {
+            if key().is_none() {
+                let message = format!("a patch of {:?}, which names no endpoint set", patch.key);
+                return Err(refused(None, FailureReason::Decode, message, false));
+            }
+            return lost("a patch of a version that is not held".to_owned());
         };
         let decoded = match decode_patch(patch, interner) {
             Ok(decoded) => decoded,
-            Err(error) => return Err(Refused::undecodable(Some(key), announced, &error)),
+            Err(error) => return Err(Refused::undecodable(key(), announced, &error)),
         };
-        let mut set = (*base).clone();
-        set.apply_patch(&decoded);
+        let set = base.patched(&decoded);
         let version = Version::of(&canonical::endpoint_set(&set));
         if announced != Some(version) {
-            return lost(key, format!("the patched set hashes to {version}, not to the version announced"));
+            return lost(format!("the patched set hashes to {version}, not to the version announced"));
         }
         Ok(Change::Upsert(version, Resource::EndpointSet(Arc::new(set))))
     }
@@ -294,7 +297,9 @@ impl Transaction {
             *faults = next;
         }
         let mut services: Vec<ServiceKey> = changes.iter().map(|change| change.service().clone()).collect();
-        services.sort_unstable();
+        if !services.is_sorted() {
+            services.sort_unstable();
+        }
         services.dedup();
         Ok(Outcome { changes, services, trigger: self.trigger, full, refetch: refetch && !faults.is_empty() })
     }
@@ -324,32 +329,46 @@ impl Transaction {
     }
 }
 
-type Undo = Vec<(Key, Option<(Version, Resource)>)>;
+/// The set that a patch names by its text: looked up without making a key.
+fn patched<'a>(state: &'a State, text: &str) -> Option<(Version, &'a Arc<EndpointSet>)> {
+    let (namespace, rest) = text.split_once('/')?;
+    let (name, slice) = rest.split_once('/')?;
+    state.held_by_names(namespace, name).endpoint_set(slice)
+}
+
+/// What is put back where the transaction does not add up.
+enum Undo {
+    Remove(Key),
+    Put(Version, Resource),
+}
 
 /// Applies changes; returns those that made a difference, and the way back.
-fn apply(changes: Vec<Change>, state: &mut State) -> (Vec<Change>, Undo) {
+fn apply(changes: Vec<Change>, state: &mut State) -> (Vec<Change>, Vec<Undo>) {
     let mut undo = Vec::with_capacity(changes.len());
     let mut effective = Vec::with_capacity(changes.len());
     for change in changes {
-        let key = change.key();
-        let before = state.get(&key);
-        let changed = match &change {
-            Change::Upsert(version, resource) => state.upsert(*version, resource.clone()),
-            Change::Remove(key) => state.remove(key),
-        };
-        if changed {
-            undo.push((key, before));
-            effective.push(change);
-        }
+        undo.push(match &change {
+            Change::Upsert(version, resource) => match state.put(*version, resource.clone()) {
+                Put::Same => continue,
+                Put::New => Undo::Remove(resource.key()),
+                Put::Replaced(version, resource) => Undo::Put(version, resource),
+            },
+            Change::Remove(key) => {
+                let Some((version, resource)) = state.get(key) else { continue };
+                state.remove(key);
+                Undo::Put(version, resource)
+            }
+        });
+        effective.push(change);
     }
     (effective, undo)
 }
 
-fn revert(undo: Undo, state: &mut State) {
-    for (key, before) in undo.into_iter().rev() {
-        match before {
-            Some((version, resource)) => state.upsert(version, resource),
-            None => state.remove(&key),
+fn revert(undo: Vec<Undo>, state: &mut State) {
+    for step in undo.into_iter().rev() {
+        match step {
+            Undo::Put(version, resource) => state.upsert(version, resource),
+            Undo::Remove(key) => state.remove(&key),
         };
     }
 }
