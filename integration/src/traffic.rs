@@ -2,7 +2,7 @@
 //! what became of a connection.
 
 use std::fmt;
-use std::io::{ErrorKind, Read as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
@@ -84,6 +84,7 @@ fn connect_within(transport: Transport, to: SocketAddr, patience: Duration) -> O
 fn ask_tcp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&to, patience)?;
     stream.set_read_timeout(Some(patience))?;
+    stream.write_all(b"?")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::process::{Failure, broken, cargo, lines, run};
+use crate::process::{Failure, broken, cargo, lines, root, run};
 
 /// A test program that cargo built.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,17 +28,33 @@ pub(crate) enum Target {
     Outside,
 }
 
-/// Builds all targets of these crates (none = the whole workspace) and returns their test
-/// programs, sorted. The whole workspace is one build, so that every crate is compiled once
-/// with one set of features.
-pub(crate) fn tests(packages: &[&str]) -> Result<Vec<TestProgram>, Failure> {
+/// What to build.
+#[derive(Debug)]
+pub(crate) enum Selection {
+    /// Every target of every crate.
+    Everything,
+    /// Files of these names in the `tests/` of any crate; `programs` = and every program.
+    Files {
+        /// Without `.rs`.
+        names: Vec<String>,
+        /// Whether tests start them.
+        programs: bool,
+    },
+}
+
+/// Builds and returns the test programs, sorted. Always a build of the workspace: crates chosen
+/// one by one get other features of their dependencies, and so another copy of each.
+pub(crate) fn tests(selection: &Selection) -> Result<Vec<TestProgram>, Failure> {
     let mut command = cargo();
-    command.args(["build", "--all-targets", "--message-format=json-render-diagnostics"]);
-    if packages.is_empty() {
-        command.arg("--workspace");
-    }
-    for package in packages {
-        command.args(["--package", package]);
+    command.args(["build", "--workspace", "--message-format=json-render-diagnostics"]);
+    match selection {
+        Selection::Everything => {
+            command.arg("--all-targets");
+        }
+        Selection::Files { names, programs } => {
+            command.args(names.iter().flat_map(|name| ["--test", name]));
+            command.args(programs.then_some("--bins"));
+        }
     }
     let mut programs = Vec::new();
     if !lines(&mut command, |line| programs.extend(test_program(line)))? {
@@ -51,6 +67,12 @@ pub(crate) fn tests(packages: &[&str]) -> Result<Vec<TestProgram>, Failure> {
 /// Builds the programs of the product and of `integration`.
 pub(crate) fn programs() -> Result<(), Failure> {
     run(cargo().args(["build", "--workspace", "--bins"]))
+}
+
+/// Where cargo puts a program.
+pub(crate) fn program(name: &str) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    root().join(target).join("debug").join(name)
 }
 
 /// Reads one of cargo's messages. xtask has no JSON parser, and needs none: cargo writes

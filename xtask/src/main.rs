@@ -20,7 +20,8 @@ mod setup;
 mod summary;
 mod tidy;
 
-use std::process::ExitCode;
+use std::path::Path;
+use std::process::{Command, ExitCode};
 
 use process::{Failure, cargo, root};
 
@@ -88,14 +89,19 @@ fn usage() -> String {
     text
 }
 
-/// Runs the demo as it is, unbuffered, with this terminal and its signals.
+/// Builds and runs the demo.
 fn demo(arguments: &[String]) -> Result<(), Failure> {
     setup::packages()?;
     let tools = setup::peers(&["grpcurl"])?;
+    println!("demo: building the product (a few minutes the first time)");
     build::programs()?;
+    run_demo(arguments, &tools)
+}
+
+/// Runs the demo that is built, unbuffered, with this terminal and its signals.
+fn run_demo(arguments: &[String], tools: &Path) -> Result<(), Failure> {
     process::run(
-        cargo()
-            .args(["run", "--quiet", "--package", "lockstep-integration", "--bin", "lockstep-demo", "--"])
+        Command::new(build::program("lockstep-demo"))
             .args(arguments)
             .env("LOCKSTEP_PEERS_DIR", tools)
             .current_dir(root()),

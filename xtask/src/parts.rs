@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use crate::build::{self, Target, TestProgram};
+use crate::build::{self, Selection, Target, TestProgram};
 use crate::process::{Failure, broken, cargo, lines, output, root, run};
 use crate::summary::{Counter, Outcome, Summary};
 use crate::{setup, tidy};
@@ -26,8 +26,8 @@ pub(crate) struct Part {
 enum Step {
     /// Libraries and programs from inside, and the examples in their documentation.
     Unit,
-    /// `tests/` of these crates.
-    Outside(&'static [&'static str]),
+    /// `tests/` of a crate: its name and directory.
+    Outside(&'static str, &'static str),
     /// `tests/` of every crate that no other part names.
     Remaining,
     /// One file in `tests/` of `integration`; programs of the product are built before.
@@ -73,21 +73,21 @@ pub(crate) const PARTS: &[Part] = &[
         name: "kernel",
         about: "netlink and namespaces on this kernel",
         in_everything: true,
-        steps: &[Step::Outside(&["lockstep-kernel"])],
+        steps: &[Step::Outside("lockstep-kernel", "node-dataplane/kernel")],
         needs_root: true,
     },
     Part {
         name: "nftables",
         about: "the nftables backend on this kernel",
         in_everything: true,
-        steps: &[Step::Outside(&["lockstep-backend-nftables"])],
+        steps: &[Step::Outside("lockstep-backend-nftables", "node-dataplane/backend-nftables")],
         needs_root: true,
     },
     Part {
         name: "iptables",
         about: "the iptables backend on this kernel",
         in_everything: true,
-        steps: &[Step::Outside(&["lockstep-backend-iptables"])],
+        steps: &[Step::Outside("lockstep-backend-iptables", "node-dataplane/backend-iptables")],
         needs_root: true,
     },
     Part {
@@ -108,7 +108,7 @@ pub(crate) const PARTS: &[Part] = &[
         name: "packets",
         about: "the whole product: every scenario with real packets, every mode",
         in_everything: true,
-        steps: &[Step::Integration("packets")],
+        steps: &[Step::Integration("scenarios")],
         needs_root: true,
     },
     Part {
@@ -135,8 +135,6 @@ pub(crate) const PARTS: &[Part] = &[
 ];
 
 const INTEGRATION: &str = "lockstep-integration";
-/// What tests of the whole run.
-const PRODUCT: &[&str] = &[INTEGRATION, "lockstep-control-plane", "lockstep-node"];
 
 /// Longest time for one test program, in seconds: a hang must end as a failure.
 const TIME_LIMIT: &str = "1200";
@@ -239,12 +237,12 @@ impl Step {
         outcome: &mut Outcome,
     ) -> Result<(), Failure> {
         // With everything to run, one build serves all; alone, a part builds what it needs.
-        let mut built = |packages: &[&str]| -> Result<Vec<TestProgram>, Failure> {
+        let mut built = |selection: &Selection| -> Result<Vec<TestProgram>, Failure> {
             if !everything {
-                return build::tests(packages);
+                return build::tests(selection);
             }
             if programs.is_none() {
-                *programs = Some(build::tests(&[])?);
+                *programs = Some(build::tests(&Selection::Everything)?);
             }
             Ok(programs.clone().unwrap_or_default())
         };
@@ -252,32 +250,41 @@ impl Step {
             Step::Tidy => tidy::check(outcome),
             Step::Deny(checks) => deny(checks, outcome),
             Step::Demo => {
-                crate::demo(&[])?;
+                if everything {
+                    // Its programs are part of the one build.
+                    built(&Selection::Everything)?;
+                    crate::run_demo(&[], &setup::peers(&["grpcurl"])?)?;
+                } else {
+                    crate::demo(&[])?;
+                }
                 outcome.check("demo", true);
                 Ok(())
             }
             Step::Unit => {
-                let of_unit = built(&[])?;
+                let of_unit = built(&Selection::Everything)?;
                 run_all(of_unit.iter().filter(|program| program.target == Target::Unit), &[], outcome)?;
                 doc_tests(outcome)
             }
-            Step::Outside(packages) => {
-                let of_packages = built(packages)?;
-                let wanted = |program: &&TestProgram| packages.contains(&program.package.as_str());
-                run_all(of_packages.iter().filter(outside).filter(wanted), &[], outcome)
+            Step::Outside(package, directory) => {
+                let of_package = built(&Selection::Files { names: test_files(directory)?, programs: false })?;
+                let wanted = |program: &&TestProgram| program.package == *package;
+                run_all(of_package.iter().filter(outside).filter(wanted), &[], outcome)
             }
             Step::Remaining => {
-                let all = built(&[])?;
+                let all = built(&Selection::Everything)?;
                 let wanted = |program: &&TestProgram| !named_elsewhere(&program.package);
                 run_all(all.iter().filter(outside).filter(wanted), &[], outcome)
             }
             Step::Integration(name) => {
-                let of_integration = built(PRODUCT)?;
+                let names = vec![(*name).to_owned()];
+                let of_integration = built(&Selection::Files { names, programs: true })?;
                 let wanted = |program: &&TestProgram| program.package == INTEGRATION && program.name == *name;
                 run_all(of_integration.iter().filter(outside).filter(wanted), &setup::ALL_PEERS, outcome)
             }
             Step::RemainingIntegration => {
-                let of_integration = built(PRODUCT)?;
+                let mut names = test_files("integration")?;
+                names.retain(|name| !is_part_of_integration(name));
+                let of_integration = built(&Selection::Files { names, programs: true })?;
                 let wanted = |program: &&TestProgram| {
                     program.package == INTEGRATION && !is_part_of_integration(&program.name)
                 };
@@ -295,9 +302,24 @@ fn outside(program: &&TestProgram) -> bool {
 fn named_elsewhere(package: &str) -> bool {
     package == INTEGRATION
         || PARTS.iter().flat_map(|part| part.steps).any(|step| match step {
-            Step::Outside(packages) => packages.contains(&package),
+            Step::Outside(named, _) => *named == package,
             _ => false,
         })
+}
+
+/// Names of the test programs in `tests/` of a directory, sorted.
+fn test_files(directory: &str) -> Result<Vec<String>, Failure> {
+    let tests = root().join(directory).join("tests");
+    let entries = match fs::read_dir(&tests) {
+        Ok(entries) => entries,
+        Err(error) => return broken(format!("{}: {error}", tests.display())),
+    };
+    let files = entries.flatten().map(|entry| entry.path());
+    let sources = files.filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    let stems = sources.filter_map(|path| Some(path.file_stem()?.to_string_lossy().into_owned()));
+    let mut names: Vec<String> = stems.collect();
+    names.sort();
+    Ok(names)
 }
 
 /// True where a part of its own runs this file of `integration`.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use crate::layering;
+use crate::layering::{self, Package};
 use crate::process::{Failure, cargo, output, root, run};
 use crate::setup;
 use crate::summary::Outcome;
@@ -29,14 +29,25 @@ pub(crate) fn check(outcome: &mut Outcome) -> Result<(), Failure> {
         "documentation",
         step(cargo().args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings")),
     );
-    // Built together, a crate may lean on features that only its neighbours ask for.
-    for package in &packages {
-        outcome.check(
-            &format!("{package} alone"),
-            step(cargo().args(["check", "--quiet", "--package", package])),
-        );
+    // Built together, a crate may lean on features that only its neighbours ask for. Each crate
+    // of the contract is used alone by others; of the rest, each half is.
+    for (name, alone) in alone(&packages) {
+        let mut command = cargo();
+        command.args(["check", "--quiet"]);
+        for package in alone {
+            command.args(["--package", package]);
+        }
+        outcome.check(&format!("{name} alone"), step(&mut command));
     }
     Ok(())
+}
+
+/// What must build without the rest of the workspace: a name, and crates.
+fn alone(packages: &[Package]) -> Vec<(&str, Vec<&str>)> {
+    let of = |part| packages.iter().filter(move |package| package.part == part).map(|package| &*package.name);
+    let contract = of("proto").map(|name| (name, vec![name]));
+    let halves = ["control-plane", "node-dataplane"].map(|part| (part, of(part).collect()));
+    contract.chain(halves).collect()
 }
 
 fn step(command: &mut Command) -> bool {
@@ -109,7 +120,20 @@ fn machine_path(line: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use super::machine_path;
+    use super::{Package, alone, machine_path};
+
+    #[test]
+    fn crates_of_the_contract_and_both_halves_build_alone() {
+        let package = |part: &str, name: &str| Package { part: part.to_owned(), name: name.to_owned() };
+        let packages = [package("control-plane", "a"), package("proto", "b"), package("proto", "c")];
+        let expected = vec![
+            ("b", vec!["b"]),
+            ("c", vec!["c"]),
+            ("control-plane", vec!["a"]),
+            ("node-dataplane", vec![]),
+        ];
+        assert_eq!(alone(&packages), expected);
+    }
 
     #[test]
     fn somebodys_own_path_is_found() {

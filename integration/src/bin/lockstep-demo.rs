@@ -40,7 +40,7 @@ fn main() -> Result<()> {
 }
 
 fn build() -> Result<Product> {
-    title("A cluster: three nodes with two pods each, and a client outside");
+    title("A cluster in network namespaces: three nodes with two pods each, a client outside");
     let mut product = Product::new(Lab::new(3, 2)?, &MODES)?;
     for (node, mode) in (1..).zip(MODES) {
         say(&format!("node{node}  {:<16} pods n{node}p1, n{node}p2", mode.name()));
@@ -117,7 +117,8 @@ const ROUTES: [Route; 8] = [
 ];
 
 fn traffic(product: &Product) -> Result<()> {
-    title("Traffic along every path");
+    title("Traffic along every path: real connections through each node's kernel");
+    say(&format!("{:<32} {:<18} outcome, and the source address that the pod saw", "path", "to"));
     for route in &ROUTES {
         let outcome = answered(product, route)?;
         say(&format!("{:<32} {:<18} {outcome}", route.about, route.to));
@@ -180,18 +181,17 @@ fn timed_change(product: &Product, name: &str, text: &str) -> Result<()> {
     product.change(|product| product.write_manifest(name, text))?;
     let total = start.elapsed();
     say(&format!("file written -> verified on all three nodes: {total:.0?}"));
-    for node in product.list_nodes()?.nodes {
+    for (node, mode) in product.list_nodes()?.nodes.into_iter().zip(MODES) {
         let stats = node.last_stats.unwrap_or_default();
         let took = |part: Option<_>| part.and_then(|part| Duration::try_from(part).ok()).unwrap_or_default();
-        let backend = node.backend.unwrap_or_default();
         say(&format!(
-            "  {}  version {} verified; programmed in {:.1?}, read back in {:.1?}, {} kernel objects written  ({})",
+            "  {}  version {} programmed in {:.1?}, read back in {:.1?}; {} kernel objects  ({})",
             node.node_name,
             node.verified_seq,
             took(stats.program),
             took(stats.verify),
             stats.kernel_objects_changed,
-            backend.version
+            mode.name()
         ));
     }
     Ok(())
@@ -210,43 +210,90 @@ fn without_control_plane(product: &mut Product) -> Result<()> {
         }
     }
     say(&format!("{count} new connections in 2 s, every one answered"));
-    title("It comes back");
+    title("It comes back, on the same manifests");
     let start = Instant::now();
     product.start_control_plane()?;
+    let up = start.elapsed();
     product.wait_verified(0)?;
-    say(&format!("every node verified again after {:.0?}", start.elapsed()));
+    say(&format!(
+        "it answers after {up:.0?}; {:.0?} later every node has reconnected and is verified again",
+        start.elapsed().saturating_sub(up)
+    ));
     ctl(product, &["nodes"])
 }
 
 fn play(product: &Product) -> Result<()> {
-    let namespace = |place| product.lab.namespace(place);
-    let fabric = namespace(Place::Fabric);
+    let script = product.lab.directory().join("in");
+    std::fs::write(&script, inside(product)?)?;
+    let run = format!("sh {}", script.display());
+    let grpc = product.url().replace("http://", "");
+    title("It is up; play with it from another terminal, as root");
+    let sections: [(&str, &[String]); 4] = [
+        (
+            "What is programmed where",
+            &[
+                format!("{run} fabric lockstepctl status"),
+                format!("{run} fabric lockstepctl service default/web"),
+                format!("{run} fabric lockstepctl watch"),
+                format!("{run} fabric grpcurl -plaintext {grpc} list"),
+                format!("{run} fabric grpcurl -plaintext {grpc} lockstep.v1.StatusService/ListNodes"),
+                format!("{run} fabric grpcurl -plaintext {grpc} lockstep.v1.SyncService/FetchSnapshot"),
+            ],
+        ),
+        (
+            "Traffic: a pod, a node, a client outside (curl, or any program)",
+            &[
+                format!("{run} n1p2 curl -s http://10.96.0.10:8000"),
+                format!("{run} node3 curl -s http://10.96.0.10:8000"),
+                format!("{run} outside curl -s http://198.51.100.20"),
+            ],
+        ),
+        (
+            "The kernel of each node",
+            &[
+                format!("{run} node1 nft list table ip lockstep"),
+                format!("{run} node2 iptables-legacy -t nat -S"),
+                format!("{run} node3 iptables-nft -t nat -S"),
+            ],
+        ),
+        (
+            "Change something, then wait until every node has it",
+            &[
+                format!("$EDITOR {}/web.yaml", product.manifests().display()),
+                format!("{run} fabric lockstepctl wait default/web --level verified --timeout 30s"),
+            ],
+        ),
+    ];
+    for (about, lines) in sections {
+        println!("\n   # {about}");
+        for line in lines {
+            say(line);
+        }
+    }
+    println!("\nEnter or Ctrl-C here ends it and removes everything.");
+    if std::io::stdin().read(&mut [0])? == 0 {
+        // Nobody is there to press Enter: until it is ended by a signal.
+        loop {
+            std::thread::park();
+        }
+    }
+    Ok(())
+}
+
+/// A script that runs a command in a place of the lab: `in PLACE COMMAND...`.
+fn inside(product: &Product) -> Result<String> {
     let binaries = std::env::current_exe()?.parent().context("no directory")?.display().to_string();
     let peers = std::env::var("LOCKSTEP_PEERS_DIR").unwrap_or_default();
+    let fabric = product.lab.namespace(Place::Fabric);
+    let prefix = fabric.trim_end_matches("fabric");
     let server = product.url();
-    let target = server.trim_start_matches("http://");
-    title("It is up. To play with, from another terminal:");
-    let lines = [
-        format!("ip netns exec {fabric} {binaries}/lockstepctl --server {server} --insecure status"),
-        format!("ip netns exec {fabric} {binaries}/lockstepctl --server {server} --insecure watch"),
-        format!("ip netns exec {fabric} {peers}/grpcurl -plaintext {target} list"),
-        format!(
-            "ip netns exec {fabric} {peers}/grpcurl -plaintext {target} lockstep.v1.StatusService/ListNodes"
-        ),
-        format!(
-            "ip netns exec {fabric} {peers}/grpcurl -plaintext {target} lockstep.v1.SyncService/FetchSnapshot"
-        ),
-        format!("ip netns exec {} nft list ruleset", namespace(Place::Node(1))),
-        format!("ip netns exec {} iptables-legacy-save -t nat", namespace(Place::Node(2))),
-        format!("ip netns exec {} sh     # a client outside the cluster", namespace(Place::Outside)),
-        format!("{}     # change a manifest here", product.lab.directory().join("manifests").display()),
-    ];
-    for line in lines {
-        say(&line);
-    }
-    println!("\nEnter or Ctrl-C ends it and cleans up.");
-    let _ = std::io::stdin().read(&mut [0])?;
-    Ok(())
+    Ok(format!(
+        "# Usage: in PLACE COMMAND...; places: fabric outside node1 node2 node3 n1p1 n1p2 n2p1 ...\n\
+         export PATH='{binaries}:{peers}':\"$PATH\":/usr/sbin:/sbin\n\
+         export LOCKSTEP_SERVER={server} LOCKSTEP_INSECURE=true\n\
+         place=$1; shift\n\
+         exec ip netns exec \"{prefix}$place\" \"$@\"\n"
+    ))
 }
 
 fn example(directory: &Path, name: &str) -> Result<String> {
@@ -264,5 +311,5 @@ fn title(text: &str) {
 }
 
 fn say(text: &str) {
-    println!("   {text}");
+    println!("{}", format!("   {text}").trim_end());
 }

@@ -1,10 +1,11 @@
-//! The server in every pod of a lab: answers TCP and UDP with its name and the source address
-//! it saw. Usage: `lockstep-pod NAME PORT`.
+//! The server in every pod of a lab: answers TCP, UDP and HTTP with its name and the source
+//! address it saw. Usage: `lockstep-pod NAME PORT`.
 #![forbid(unsafe_code)]
 
-use std::io::Write as _;
-use std::net::{TcpListener, UdpSocket};
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use lockstep_integration::traffic::answer;
@@ -18,12 +19,10 @@ fn main() -> Result<()> {
     let udp = UdpSocket::bind(("::", port))?;
     let tcp_name = name.clone();
     thread::spawn(move || {
-        for stream in tcp.incoming() {
+        for stream in tcp.incoming().flatten() {
+            let name = tcp_name.clone();
             // A client that is gone before its answer is no fault of the server.
-            let _ = stream.and_then(|mut stream| {
-                let peer = stream.peer_addr()?;
-                stream.write_all(answer(&tcp_name, peer).as_bytes())
-            });
+            thread::spawn(move || serve(&name, stream).ok());
         }
     });
     // Said once both can be reached.
@@ -36,4 +35,17 @@ fn main() -> Result<()> {
             let _ = udp.send_to(answer(&name, peer).as_bytes(), peer);
         }
     }
+}
+
+fn serve(name: &str, mut stream: TcpStream) -> std::io::Result<()> {
+    let text = answer(name, stream.peer_addr()?);
+    // Who says nothing is answered all the same.
+    stream.set_read_timeout(Some(Duration::from_millis(200)))?;
+    let mut request = [0; 4096];
+    let length = stream.read(&mut request).unwrap_or(0);
+    if request[..length].starts_with(b"GET ") {
+        let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n";
+        write!(stream, "{head}Content-Length: {}\r\n\r\n", text.len())?;
+    }
+    stream.write_all(text.as_bytes())
 }

@@ -183,6 +183,27 @@ fn a_new_process_adopts_what_is_there() {
     });
 }
 
+/// What makes *verified* an honest word.
+#[test]
+fn the_read_back_tells_of_every_change_made_after_the_write() {
+    let changes = [
+        "iptables-FLAVOUR -t nat -F KUBE-SERVICES",
+        "ip6tables-FLAVOUR -t nat -F KUBE-SVC-WWRFY3PZ7W3FGMQW",
+        "iptables-FLAVOUR -t nat -A KUBE-SVC-WWRFY3PZ7W3FGMQW -j RETURN",
+        "iptables-FLAVOUR -t nat -D PREROUTING 1",
+        "ip6tables-FLAVOUR -t filter -F",
+    ];
+    for change in changes {
+        everywhere(|flavour| {
+            let (mut backend, _) = open(flavour);
+            backend.sync(&three()).unwrap();
+            assert_eq!(backend.verify().unwrap(), []);
+            sh(&change.replace("FLAVOUR", flavour.name()));
+            assert_ne!(backend.verify().unwrap(), [], "{flavour}: {change}");
+        });
+    }
+}
+
 #[test]
 fn a_change_made_while_down_is_the_only_difference() {
     everywhere(|flavour| {

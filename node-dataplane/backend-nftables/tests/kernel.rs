@@ -45,6 +45,37 @@ fn every_shape_is_written_and_read_back() {
     });
 }
 
+/// What makes *verified* an honest word.
+#[test]
+fn the_read_back_tells_of_every_change_made_after_the_write() {
+    let changes = [
+        "delete element ip lockstep frontends { 10.96.0.1 . tcp . 80 }",
+        "add element ip lockstep node_endpoints { tcp . 31999 . 0 : 10.244.0.9 . 1 }",
+        "flush chain ip lockstep services",
+        "flush chain ip6 lockstep no-endpoints",
+        "delete table ip6 lockstep",
+    ];
+    for change in changes {
+        in_namespace(|| {
+            let mut backend = synced(&every_shape());
+            run("nft", &[change]);
+            assert_ne!(backend.verify().unwrap(), [], "{change}");
+        });
+    }
+}
+
+#[test]
+fn the_read_back_of_one_change_tells_when_it_is_not_in_force() {
+    in_namespace(|| {
+        let mut plan = every_shape();
+        let mut backend = synced(&plan);
+        plan.services.remove(&key("plain"));
+        backend.apply(&plan, &[key("plain")]).unwrap();
+        run("nft", &["add element ip lockstep frontends { 10.96.0.1 . tcp . 80 : drop }"]);
+        assert_ne!(backend.verify().unwrap(), [], "an element that was deleted is there again");
+    });
+}
+
 #[test]
 fn the_probe_leaves_nothing_behind() {
     in_namespace(|| {
