@@ -1,4 +1,4 @@
-//! How much of the time is iptables' own: `measure SERVICES ENDPOINTS FLAVOUR`, as root.
+//! How much of the time is iptables' own: `measure_iptables SERVICES ENDPOINTS FLAVOUR`, as root.
 //!
 //! Everything happens in network namespaces of its own. The first sync is compared with the
 //! same text fed to the same program by hand in a namespace without rules; every other pass shows

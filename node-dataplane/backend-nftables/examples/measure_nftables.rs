@@ -1,4 +1,4 @@
-//! Times the backend in a network namespace of its own: `measure [SERVICES] [ENDPOINTS]`.
+//! Times the backend in a network namespace of its own: `measure_nftables [SERVICES] [ENDPOINTS]`.
 //! Needs root. For design decisions; the benchmark that is reported is `cargo xtask bench`.
 #![allow(clippy::print_stdout)] // a table on the terminal is all it does
 
