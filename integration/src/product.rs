@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use lockstep_wire::v1::status_service_client::StatusServiceClient;
 use lockstep_wire::v1::{self, AckLevel};
+use rustix::process::{Pid, Signal, kill_process};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::lab::{Family, Lab, POD_CIDRS, Place};
@@ -354,8 +355,8 @@ impl Process {
 
     /// `kill -TERM`, then waits for the end.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
-        let status = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status()?;
-        ensure!(status.success(), "{}: cannot be signalled", self.name);
+        kill_process(Pid::from_child(&self.child), Signal::TERM)
+            .with_context(|| format!("{}: cannot be signalled", self.name))?;
         wait_until(&format!("{} ends", self.name), PATIENCE, || Ok(self.child.try_wait()?))
     }
 

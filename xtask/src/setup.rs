@@ -53,7 +53,6 @@ const NEEDS: &[Need] = &[
         reason: "tests look at connection tracking",
     },
     Need { sign: Sign::Program("ipset"), package: "ipset", reason: "tests look at sets" },
-    Need { sign: Sign::Program("kill"), package: "procps", reason: "tests end programs by number" },
     Need {
         sign: Sign::File("/etc/ssl/certs/ca-certificates.crt"),
         package: "ca-certificates",

@@ -2,7 +2,30 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A program that ends with the test, also with one that fails.
+struct Running(Child);
+
+impl Running {
+    fn terminate(&self) {
+        let pid = Pid::from_child(&self.0);
+        kill_process(pid, Signal::TERM).expect("it runs until it is waited for");
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        self.0.wait().expect("a child can be waited for")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 fn control_plane(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep-control-plane"));
@@ -51,8 +74,9 @@ fn a_certificate_that_is_not_there_is_named_and_exit_code_1() {
 fn sigterm_is_a_clean_end_and_logs_are_json_where_asked_for() {
     let listen = ["--listen", "127.0.0.1:0", "--insecure", "--log-format", "json"];
     let source = directory();
-    let mut process = control_plane(&[&["--source", &source], &listen[..]].concat()).spawn().unwrap();
-    let mut log = BufReader::new(process.stderr.take().unwrap());
+    let mut process =
+        Running(control_plane(&[&["--source", &source], &listen[..]].concat()).spawn().unwrap());
+    let mut log = BufReader::new(process.0.stderr.take().unwrap());
     let mut first = String::new();
     log.read_line(&mut first).unwrap();
     let first: serde_json::Value = serde_json::from_str(&first).unwrap();
@@ -63,12 +87,11 @@ fn sigterm_is_a_clean_end_and_logs_are_json_where_asked_for() {
         line.clear();
         assert!(log.read_line(&mut line).unwrap() > 0, "it ended before it served");
     }
-    let killed = Command::new("kill").args(["-TERM", &process.id().to_string()]).status().unwrap();
-    assert!(killed.success());
+    process.terminate();
     let mut rest = String::new();
     log.read_to_string(&mut rest).unwrap();
     assert!(rest.contains("\"stopped\""), "{rest}");
-    assert_eq!(process.wait().unwrap().code(), Some(0));
+    assert_eq!(process.wait().code(), Some(0));
 }
 
 #[test]
@@ -77,8 +100,8 @@ fn without_file_descriptors_it_waits_says_so_once_and_goes_on() {
     let program = env!("CARGO_BIN_EXE_lockstep-control-plane");
     shell.args(["-c", "ulimit -n 48; exec \"$0\" \"$@\"", program, "--source", &directory()]);
     shell.args(["--listen", "127.0.0.1:0", "--insecure", "--log-format", "json"]).env_remove("LOCKSTEP_LOG");
-    let mut process = shell.stderr(Stdio::piped()).spawn().unwrap();
-    let mut log = BufReader::new(process.stderr.take().unwrap());
+    let mut process = Running(shell.stderr(Stdio::piped()).spawn().unwrap());
+    let mut log = BufReader::new(process.0.stderr.take().unwrap());
     let mut until = |what: &str| {
         let mut line = String::new();
         while !line.contains(what) {
@@ -96,12 +119,11 @@ fn without_file_descriptors_it_waits_says_so_once_and_goes_on() {
     let mut late = TcpStream::connect(&address).unwrap();
     late.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();
     late.read_exact(&mut [0; 9]).unwrap();
-    let killed = Command::new("kill").args(["-TERM", &process.id().to_string()]).status().unwrap();
-    assert!(killed.success());
+    process.terminate();
     let mut rest = String::new();
     log.read_to_string(&mut rest).unwrap();
     assert!(!rest.contains("could not be accepted"), "{rest}");
-    assert_eq!(process.wait().unwrap().code(), Some(0));
+    assert_eq!(process.wait().code(), Some(0));
 }
 
 #[test]
