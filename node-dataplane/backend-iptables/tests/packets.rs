@@ -37,7 +37,8 @@ impl Net {
             ip -n NETc route add default via 192.0.2.1; ip -n NETc -6 route add default via 2001:db8::1
             ip -n NETn link add uplink type veth peer name void; ip -n NETn link set void up; ip -n NETn link set uplink up
             ip -n NETn route add default dev uplink; ip -n NETn -6 route add default dev uplink
-            ip netns exec NETn sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0");
+            ip netns exec NETn sh -ec 'cd /proc/sys/net; echo 1 >ipv4/ip_forward; echo 1 >ipv6/conf/all/forwarding
+                echo 0 >ipv4/icmp_ratelimit; echo 0 >ipv6/icmp/ratelimit'");
         net
     }
 
