@@ -19,6 +19,8 @@ const LISTEN: &str = "127.0.0.1:7000";
 const HTTP: &str = "127.0.0.1:7001";
 /// How long loading may take on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long both programs go on after the last endpoint is in the kernel.
+const SETTLING: Duration = Duration::from_secs(10);
 
 /// Resident memory of both programs in MiB, now and at its peak.
 #[derive(Debug)]
@@ -109,6 +111,8 @@ fn inside(services: u32, binaries: &Path, directory: &Path, manifests: &Path) ->
         Ok(generation(&mut kernel)? > 1 && Copy::read(&mut kernel)?.elements() >= wanted)
     })
     .with_context(|| tail(&directory.join("node.log")))?;
+    // What follows a load takes memory too: reading back, acknowledging, writing the cache.
+    std::thread::sleep(SETTLING);
     Ok(Memory { control_plane: control_plane.resident()?, agent: agent.resident()? })
 }
 

@@ -22,6 +22,26 @@ pub struct Times {
     pub lockstep: Vec<Duration>,
     /// The raw limit's.
     pub raw: Vec<Duration>,
+    /// Lockstep's, stage by stage.
+    pub stages: Stages,
+}
+
+/// Where the time of an update goes.
+#[derive(Debug, Default)]
+pub struct Stages {
+    /// Decoding, applying the patches, checking versions and digest.
+    pub session: Vec<Duration>,
+    /// Planning.
+    pub view: Vec<Duration>,
+    /// Comparing, encoding, the kernel's transaction.
+    pub backend: Vec<Duration>,
+}
+
+impl Times {
+    /// From the decoded state to committed.
+    pub fn programming(&self) -> Vec<Duration> {
+        self.stages.view.iter().zip(&self.stages.backend).map(|(view, backend)| *view + *backend).collect()
+    }
 }
 
 /// Times that one set-up of a size gives.
@@ -33,8 +53,10 @@ pub struct Measured {
     pub planning: Vec<Duration>,
     /// One endpoint replaced, from the frame's bytes to committed.
     pub swap: Times,
-    /// A thousand endpoints replaced in one transaction.
+    /// One endpoint in each of a thousand Services replaced in one transaction.
     pub burst: Times,
+    /// The raw limit's bursts back to back, with nothing between them that empties the caches.
+    pub raw_alone: Vec<Duration>,
     /// Elements in the kernel.
     pub elements: usize,
 }
@@ -46,7 +68,8 @@ struct Node {
     backend: Nftables,
 }
 
-fn view(node: NodeContext) -> Result<View> {
+/// A view of the node that is measured.
+pub(super) fn view(node: NodeContext) -> Result<View> {
     let config = ViewConfig { cluster_cidrs: vec![CLUSTER_CIDR.parse()?], ..ViewConfig::new(NODE) };
     let mut view = View::new(config);
     view.set_node(node);
@@ -54,7 +77,7 @@ fn view(node: NodeContext) -> Result<View> {
 }
 
 /// A session that holds the whole state.
-fn session(greeting: Vec<Bytes>) -> Result<Session> {
+pub(super) fn session(greeting: Vec<Bytes>) -> Result<Session> {
     let mut session = Session::new(
         Identity {
             node_name: NODE.into(),
@@ -76,6 +99,17 @@ fn session(greeting: Vec<Bytes>) -> Result<Session> {
     Ok(session)
 }
 
+/// Takes an update into a session; returns the Services concerned.
+pub(super) fn take(session: &mut Session, frames: Vec<Bytes>) -> Result<Vec<ServiceKey>> {
+    let mut services = Vec::new();
+    for frame in frames {
+        let step = session.receive(batch::decode_response(frame)?, Now::read());
+        ensure!(step.end.is_none(), "session ended: {:?}", step.end);
+        services.extend(step.committed.into_iter().flat_map(|committed| committed.services));
+    }
+    Ok(services)
+}
+
 /// State to committed. Returns the time, and the part of it that planning took.
 fn program(state: &State, node: NodeContext, backend: &mut Nftables) -> Result<(View, Duration, Duration)> {
     let keys: Vec<ServiceKey> = state.service_keys().cloned().collect();
@@ -90,15 +124,26 @@ fn program(state: &State, node: NodeContext, backend: &mut Nftables) -> Result<(
 }
 
 impl Node {
-    fn receive(&mut self, frames: Vec<Bytes>) -> Result<()> {
+    /// From the frames' bytes to committed.
+    fn receive(&mut self, frames: Vec<Bytes>, times: &mut Times) -> Result<()> {
+        let start = Instant::now();
+        let mut ends = [start; 3];
         for frame in frames {
             let step = self.session.receive(batch::decode_response(frame)?, Now::read());
             ensure!(step.end.is_none(), "session ended: {:?}", step.end);
             let Some(committed) = step.committed else { continue };
+            ends[0] = Instant::now();
             let changed = self.view.update(self.session.state(), &committed.services);
+            ends[1] = Instant::now();
             let applied = self.backend.apply(self.view.plan(), &changed.services).context("apply")?;
+            ends[2] = Instant::now();
             ensure!(applied.failures.is_empty() && applied.objects_changed > 0, "{applied:?}");
         }
+        times.stages.session.push(ends[0] - start);
+        times.stages.view.push(ends[1] - ends[0]);
+        times.stages.backend.push(ends[2] - ends[1]);
+        // Letting go of what was received is part of the work.
+        times.lockstep.push(start.elapsed());
         Ok(())
     }
 }
@@ -152,13 +197,16 @@ pub fn measure(services: u32, loads: usize, swaps: usize, bursts: usize) -> Resu
                 for _ in 0..repetitions {
                     let event = upstream.replace(u32::try_from(count)?);
                     let frames = upstream.publish(event)?;
-                    let start = Instant::now();
-                    node.receive(frames)?;
-                    times.lockstep.push(start.elapsed());
+                    node.receive(frames, times)?;
                     let start = Instant::now();
                     raw.swap(&mut kernel, count)?;
                     times.raw.push(start.elapsed());
                 }
+            }
+            for _ in 0..bursts {
+                let start = Instant::now();
+                raw.swap(&mut kernel, 1000)?;
+                measured.raw_alone.push(start.elapsed());
             }
             Ok(())
         })?
