@@ -98,13 +98,14 @@ fn files(names: &[String]) -> bool {
 /// A path that is somebody's own.
 fn machine_path(line: &str) -> Option<&'static str> {
     // Put together here, so that this file does not find itself.
-    const PLACES: [(&str, &str); 5] =
-        [("/ho", "me/"), ("/ro", "ot/"), ("/Us", "ers/"), ("/wo", "rk/"), ("/tmp/", "wt/")];
-    const NAMES: [&str; 5] =
-        ["a home directory", "root's home", "a home directory", "a work directory", "a work tree"];
-    for ((start, end), name) in PLACES.iter().zip(NAMES) {
-        let place = format!("{start}{end}");
-        // At the start of a path only: `target/work/` is nobody's own.
+    let places = [
+        (format!("{}me/", "/ho"), "a home directory"),
+        (format!("{}ot/", "/ro"), "root's home"),
+        (format!("{}ers/", "/Us"), "a home directory"),
+        (format!("{}/", root().display()), "this checkout"),
+    ];
+    for (place, name) in places {
+        // At the start of a path only: the same name deeper in a path is nobody's own.
         let starts_path = |at: usize| {
             line[..at]
                 .chars()
@@ -120,7 +121,7 @@ fn machine_path(line: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Package, alone, machine_path};
+    use super::{Package, alone, machine_path, root};
 
     #[test]
     fn crates_of_the_contract_and_both_halves_build_alone() {
@@ -143,6 +144,12 @@ mod tests {
 
     #[test]
     fn the_same_name_deeper_in_a_path_is_fine() {
-        assert_eq!(machine_path(&format!("target{}rk/x", "/wo")), None);
+        assert_eq!(machine_path(&format!("target{}me/x", "/ho")), None);
+    }
+
+    #[test]
+    fn the_place_of_this_checkout_is_found() {
+        let line = format!("built in {}/target", root().display());
+        assert_eq!(machine_path(&line), Some("this checkout"));
     }
 }
