@@ -21,7 +21,9 @@ mod socket;
 pub use batch::{Batch, ElementOp};
 pub use element::{Element, Value, put_key, put_mapping, put_range, put_verdict};
 pub use expression::{CmpOp, Expression, PayloadBase, Verdict};
-pub use query::{Step, chains, element_values, elements, generation, rules, sets, table_exists};
+pub use query::{
+    Step, chain_exists, chains, element_values, elements, generation, rules, sets, table_exists,
+};
 pub use socket::Kernel;
 
 use crate::netlink::{self, Message, Refusal};

@@ -1,7 +1,9 @@
 //! Netlink in real network namespaces. Needs root.
 #![allow(clippy::unwrap_used)] // a test states its expectations with unwrap
 
-use lockstep_kernel::nf_tables::{self, Batch, CommitError, ElementOp, Family, Kernel, Netfilter, put_key};
+use lockstep_kernel::nf_tables::{
+    self, Batch, Chain, CommitError, ElementOp, Family, Kernel, Netfilter, put_key,
+};
 use lockstep_kernel::{Errno, netns};
 
 #[test]
@@ -51,6 +53,22 @@ fn thousands_of_refusals_are_still_a_refusal() {
         batch.add_table(Family::Ipv6, "t");
         kernel.commit(batch.finish()).unwrap();
         assert_eq!(nf_tables::generation(&mut kernel).unwrap(), before + 1);
+    })
+    .expect("these tests need root");
+}
+
+#[test]
+fn a_chain_is_there_or_not() {
+    netns::run_in_new(|| {
+        let mut kernel = Kernel::open().unwrap();
+        let mut there = |table, chain| nf_tables::chain_exists(&mut kernel, Family::Ipv4, table, chain);
+        assert!(!there("t", "c").unwrap(), "not even the table");
+        let mut batch = Batch::new();
+        batch.add_table(Family::Ipv4, "t");
+        batch.add_chain(Family::Ipv4, "t", &Chain { name: "c".to_owned(), hook: None });
+        Kernel::open().unwrap().commit(batch.finish()).unwrap();
+        assert!(there("t", "c").unwrap());
+        assert!(!there("t", "d").unwrap());
     })
     .expect("these tests need root");
 }

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::Errno;
 use crate::netlink::attr::{self, Attributes};
-use crate::netlink::{Error, Message};
+use crate::netlink::{Error, Message, Refusal};
 
 /// A dump that other changes interrupt is repeated this often.
 const ATTEMPTS: u32 = 16;
@@ -88,16 +88,28 @@ fn collect<T>(
 /// True where the table exists.
 pub fn table_exists(netfilter: &mut dyn Netfilter, family: Family, table: &str) -> Result<bool, Error> {
     let request = request(libc::NFT_MSG_GETTABLE, 0, family, &[(1, table)]);
+    exists(netfilter, &request, || format!("get table {} {table}", family.word()))
+}
+
+/// True where the table exists and has the chain.
+pub fn chain_exists(
+    netfilter: &mut dyn Netfilter,
+    family: Family,
+    table: &str,
+    chain: &str,
+) -> Result<bool, Error> {
+    let request = request(libc::NFT_MSG_GETCHAIN, 0, family, &[(1, table), (3, chain)]);
+    exists(netfilter, &request, || format!("get chain {} {table} {chain}", family.word()))
+}
+
+/// Asks for one object.
+fn exists(netfilter: &mut dyn Netfilter, request: &[u8], what: impl Fn() -> String) -> Result<bool, Error> {
     let mut outcome = Ok(true);
-    netfilter.ask(&request, 1, &mut |message| {
-        if let Some(refusal) = message.refusal() {
-            outcome = match refusal.errno {
+    netfilter.ask(request, 1, &mut |message| {
+        if let Some(Refusal { errno, message, .. }) = message.refusal() {
+            outcome = match errno {
                 Errno::NOENT => Ok(false),
-                errno => Err(Error::Refused {
-                    request: format!("get table {} {table}", family.word()),
-                    message: refusal.message,
-                    errno,
-                }),
+                errno => Err(Error::Refused { request: what(), message, errno }),
             };
         }
     })?;
