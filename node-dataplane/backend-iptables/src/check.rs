@@ -10,7 +10,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use crate::diff::Kept;
 use crate::family::FamilyState;
 use crate::fixed::{self, Terms};
-use crate::names::{self, Shared, Table};
+use crate::names::{self, ChainName, Shared, Table};
 use crate::observe::{self, Snapshot};
 
 /// Compares everything, or, where `only` is given, these Services and what all share.
@@ -81,15 +81,15 @@ impl Check<'_> {
     /// Every line of these Services, and nothing left of what they had.
     fn some(&mut self, state: &FamilyState, keys: &BTreeSet<ServiceKey>) {
         for chain in &state.gone {
-            if self.snapshot.body(Table::Nat, chain).is_some() {
-                self.report(Table::Nat, chain, "still there");
+            if self.snapshot.body(Table::Nat, chain.as_str()).is_some() {
+                self.report(Table::Nat, chain.as_str(), "still there");
             }
         }
         let mut lines: FxHashSet<(Shared, String)> = FxHashSet::default();
         for key in keys {
             let rules = state.rules_in_force(key);
-            for (chain, body) in &rules.chains {
-                self.chain(Table::Nat, chain, body);
+            for (chain, body) in rules.chains() {
+                self.chain(Table::Nat, chain.as_str(), body);
             }
             for block in rules.blocks {
                 lines.extend(block.rules.into_iter().map(|rule| (block.chain, rule)));
@@ -119,15 +119,15 @@ impl Check<'_> {
 
     fn all(&mut self, state: &FamilyState) {
         let kept = Kept::find(self.snapshot, state.left_out.keys());
-        let mut chains: FxHashSet<String> = FxHashSet::default();
+        let mut chains: FxHashSet<ChainName> = FxHashSet::default();
         let mut lines: FxHashMap<(Shared, String), usize> = FxHashMap::default();
         let mut keys: Vec<&ServiceKey> = state.in_force.keys().collect();
         keys.sort_unstable();
         for key in keys {
             let rules = state.rules_in_force(key);
-            for (chain, body) in rules.chains {
-                self.chain(Table::Nat, &chain, &body);
-                chains.insert(chain);
+            for (chain, body) in rules.chains() {
+                self.chain(Table::Nat, chain.as_str(), body);
+                chains.insert(*chain);
             }
             for block in rules.blocks {
                 for rule in block.rules {
@@ -135,8 +135,9 @@ impl Check<'_> {
                 }
             }
         }
+        let chains: FxHashSet<&str> = chains.iter().map(ChainName::as_str).collect();
         for chain in self.snapshot.chains(Table::Nat).keys() {
-            let known = chains.contains(*chain) || kept.chains.contains(chain);
+            let known = chains.contains(chain) || kept.chains.contains(chain);
             if names::is_service_chain(Table::Nat, chain) && !known {
                 self.report(Table::Nat, chain, "in no plan");
             }

@@ -13,18 +13,19 @@ pub(crate) fn cleanup(tool: &Tool) -> Result<usize, ToolError> {
     let mut ops = Vec::new();
     let mut objects = 0;
     for table in Table::ALL {
-        for (chain, body) in snapshot.chains(table) {
-            if names::is_fixed_chain(table, chain)
-                || names::is_service_chain(table, chain)
-                || *chain == CANARY
+        let mut chains: Vec<(&str, &str)> =
+            snapshot.chains(table).iter().map(|(chain, body)| (*chain, *body)).collect();
+        chains.sort_unstable();
+        for (chain, body) in chains {
+            if names::is_fixed_chain(table, chain) || names::is_service_chain(table, chain) || chain == CANARY
             {
                 objects += 1 + body.lines().count();
-                ops.push(Op::Delete { table, chain: (*chain).to_owned() });
-            } else if fixed::jumps().iter().any(|jumps| jumps.table == table && jumps.chain == *chain) {
+                ops.push(Op::Delete { table, chain });
+            } else if fixed::jumps().iter().any(|jumps| jumps.table == table && jumps.chain == chain) {
                 for rule in snapshot.rules(table, chain) {
                     if fixed::is_our_jump(table, rule) {
                         objects += 1;
-                        ops.push(Op::Remove { table, chain: (*chain).to_owned(), rule: rule.to_owned() });
+                        ops.push(Op::Remove { table, chain, rule });
                     }
                 }
             }

@@ -3,6 +3,7 @@
 //! `against_memory` costs what changed. `against_kernel` looks at everything and is right
 //! whatever is there: it is used at start, after a refusal and after drift.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use lockstep_model::ServiceKey;
@@ -10,27 +11,23 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::fixed::{self, Terms};
 use crate::input::{Change, Op, Owner};
-use crate::names::{self, Shared, Table};
+use crate::names::{self, ChainName, Shared, Table};
 use crate::observe::{self, Snapshot};
 use crate::render::{Block, ServiceRules};
 
 /// What one Service's rules need to become others.
-pub(crate) fn against_memory(old: &ServiceRules, new: &ServiceRules) -> Vec<Op> {
+pub(crate) fn against_memory<'a>(old: &'a ServiceRules, new: &'a ServiceRules) -> Vec<Op<'a>> {
     let mut ops = Vec::new();
-    for (chain, body) in &new.chains {
-        if old.chains.get(chain) != Some(body) {
-            ops.push(Op::Write { table: Table::Nat, chain: chain.clone(), body: body.clone() });
+    for (chain, body) in new.chains() {
+        if old.chain(chain) != Some(body) {
+            ops.push(write(chain, body));
         }
     }
-    for chain in old.chains.keys().filter(|chain| !new.chains.contains_key(*chain)) {
-        ops.push(Op::Delete { table: Table::Nat, chain: chain.clone() });
+    for (chain, _) in old.chains().filter(|(chain, _)| new.chain(chain).is_none()) {
+        ops.push(Op::Delete { table: Table::Nat, chain: chain.as_str() });
     }
     for block in old.blocks.iter().filter(|block| new.blocks.binary_search(block).is_err()) {
-        ops.extend(block.rules.iter().map(|rule| Op::Remove {
-            table: block.chain.table(),
-            chain: block.chain.chain().to_owned(),
-            rule: rule.clone(),
-        }));
+        ops.extend(block.rules.iter().map(|rule| remove(block.chain, rule)));
     }
     for block in new.blocks.iter().filter(|block| old.blocks.binary_search(block).is_err()) {
         ops.push(insert(block));
@@ -38,8 +35,16 @@ pub(crate) fn against_memory(old: &ServiceRules, new: &ServiceRules) -> Vec<Op> 
     ops
 }
 
-pub(crate) fn insert(block: &Block) -> Op {
-    Op::Insert { chain: block.chain, back: block.back, rules: block.rules.clone() }
+fn write<'a>(chain: &'a ChainName, body: &'a str) -> Op<'a> {
+    Op::Write { table: Table::Nat, chain: chain.as_str(), body: Cow::Borrowed(body) }
+}
+
+pub(crate) fn insert(block: &Block) -> Op<'_> {
+    Op::Insert { chain: block.chain, back: block.back, rules: Cow::Borrowed(&block.rules) }
+}
+
+fn remove(shared: Shared, rule: &str) -> Op<'_> {
+    Op::Remove { table: shared.table(), chain: shared.chain(), rule }
 }
 
 /// Rules of one Service, as they should be and as they were written last.
@@ -147,46 +152,41 @@ impl<'a> KernelDiff<'a> {
     }
 
     /// Fixed chains, jumps and the end of KUBE-SERVICES.
-    pub(crate) fn everybody(&self) -> Change {
+    pub(crate) fn everybody(&self) -> Change<'a> {
         let mut ops = Vec::new();
         for (table, chain, body) in fixed::bodies(self.terms) {
             if !self.snapshot.has(table, chain, &body) {
-                ops.push(Op::Write { table, chain: chain.to_owned(), body });
+                ops.push(Op::Write { table, chain, body: Cow::Owned(body) });
             }
         }
         for shared in Shared::ALL {
             let (table, chain) = (shared.table(), shared.chain());
             if self.flushed.contains(&shared) || self.snapshot.body(table, chain).is_none() {
-                ops.push(Op::Write { table, chain: chain.to_owned(), body: String::new() });
+                ops.push(Op::Write { table, chain, body: Cow::Borrowed("") });
             }
         }
         for jumps in fixed::jumps() {
-            self.jumps(&jumps, &mut ops);
+            self.jumps(jumps, &mut ops);
         }
         self.tail(&mut ops);
         Change { owner: Owner::Everybody, ops }
     }
 
-    fn jumps(&self, jumps: &fixed::Jumps, ops: &mut Vec<Op>) {
+    fn jumps(&self, jumps: fixed::Jumps, ops: &mut Vec<Op<'a>>) {
         let rules = self.snapshot.rules(jumps.table, jumps.chain);
         let found: Vec<&str> =
             rules.into_iter().filter(|rule| fixed::is_our_jump(jumps.table, rule)).collect();
         if found.iter().map(|rule| observe::canonical(rule)).eq(jumps.rules.iter().cloned()) {
             return;
         }
-        ops.extend(found.into_iter().map(|rule| Op::Remove {
-            table: jumps.table,
-            chain: jumps.chain.to_owned(),
-            rule: rule.to_owned(),
-        }));
-        let (table, chain, rules) = (jumps.table, jumps.chain.to_owned(), jumps.rules.clone());
+        let fixed::Jumps { table, chain, rules } = jumps;
+        ops.extend(found.into_iter().map(|rule| Op::Remove { table, chain, rule }));
         ops.push(Op::Prepend { table, chain, rules });
     }
 
-    fn tail(&self, ops: &mut Vec<Op>) {
+    fn tail(&self, ops: &mut Vec<Op<'a>>) {
         let tail = fixed::services_tail(self.terms);
-        let append =
-            |rules| Op::Append { table: Table::Nat, chain: Shared::Services.chain().to_owned(), rules };
+        let append = |rules| Op::Append { table: Table::Nat, chain: Shared::Services.chain(), rules };
         if self.flushed.contains(&Shared::Services) {
             ops.push(append(tail));
             return;
@@ -205,16 +205,17 @@ impl<'a> KernelDiff<'a> {
     }
 
     /// What one Service needs.
-    pub(crate) fn service(&self, key: &ServiceKey, wanted: &Wanted) -> Change {
+    pub(crate) fn service(&self, key: &ServiceKey, wanted: &'a Wanted) -> Change<'a> {
         let mut ops = Vec::new();
-        for (chain, body) in &wanted.new.chains {
-            if !self.snapshot.has(Table::Nat, chain, body) {
-                ops.push(Op::Write { table: Table::Nat, chain: chain.clone(), body: body.clone() });
+        for (chain, body) in wanted.new.chains() {
+            if !self.snapshot.has(Table::Nat, chain.as_str(), body) {
+                ops.push(write(chain, body));
             }
         }
-        for chain in wanted.old.chains.keys() {
-            if !wanted.new.chains.contains_key(chain) && self.snapshot.body(Table::Nat, chain).is_some() {
-                ops.push(Op::Delete { table: Table::Nat, chain: chain.clone() });
+        for (chain, _) in wanted.old.chains() {
+            let there = self.snapshot.body(Table::Nat, chain.as_str()).is_some();
+            if there && wanted.new.chain(chain).is_none() {
+                ops.push(Op::Delete { table: Table::Nat, chain: chain.as_str() });
             }
         }
         for block in &wanted.new.blocks {
@@ -231,25 +232,25 @@ impl<'a> KernelDiff<'a> {
         Change { owner: Owner::Service(key.clone()), ops }
     }
 
-    fn remove_all(&self, block: &Block, ops: &mut Vec<Op>) {
+    fn remove_all(&self, block: &Block, ops: &mut Vec<Op<'a>>) {
         let lines = &self.shared[&block.chain];
         let found = block.rules.iter().filter_map(|rule| lines.at.get(rule)).flatten();
         ops.extend(found.map(|index| remove(block.chain, lines.printed[*index])));
     }
 
     /// What is there under our names and in nobody's plan.
-    pub(crate) fn nobody(&self, wanted: &BTreeMap<ServiceKey, Wanted>) -> Change {
+    pub(crate) fn nobody(&self, wanted: &BTreeMap<ServiceKey, Wanted>) -> Change<'a> {
         let mut ops = Vec::new();
-        let chains: FxHashSet<&str> =
-            wanted.values().flat_map(|wanted| wanted.new.chains.keys()).map(String::as_str).collect();
-        for chain in self.snapshot.chains(Table::Nat).keys() {
-            if names::is_service_chain(Table::Nat, chain)
-                && !chains.contains(chain)
-                && !self.kept.chains.contains(chain)
-            {
-                ops.push(Op::Delete { table: Table::Nat, chain: (*chain).to_owned() });
+        let there = self.snapshot.chains(Table::Nat).keys();
+        let mut stale: FxHashSet<&'a str> =
+            there.copied().filter(|chain| names::is_service_chain(Table::Nat, chain)).collect();
+        stale.retain(|chain| !self.kept.chains.contains(chain));
+        if !stale.is_empty() {
+            for (chain, _) in wanted.values().flat_map(|wanted| wanted.new.chains()) {
+                stale.remove(chain.as_str());
             }
         }
+        ops.extend(stale.into_iter().map(|chain| Op::Delete { table: Table::Nat, chain }));
         let lines: FxHashSet<(Shared, &str)> = wanted
             .values()
             .flat_map(|wanted| &wanted.new.blocks)
@@ -275,15 +276,11 @@ impl<'a> KernelDiff<'a> {
     }
 }
 
-fn order(op: &Op) -> (&str, &str) {
+fn order<'o>(op: &'o Op<'_>) -> (&'o str, &'o str) {
     match op {
         Op::Remove { chain, rule, .. } => (chain, rule),
         Op::Write { chain, .. } | Op::Delete { chain, .. } => (chain, ""),
         Op::Prepend { chain, .. } | Op::Append { chain, .. } => (chain, ""),
         Op::Insert { chain, .. } => (chain.chain(), ""),
     }
-}
-
-fn remove(shared: Shared, rule: &str) -> Op {
-    Op::Remove { table: shared.table(), chain: shared.chain().to_owned(), rule: rule.to_owned() }
 }

@@ -1,5 +1,6 @@
 //! One family's half of the backend: its tool, what it wrote, what it had to leave out.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use rustc_hash::FxHashMap;
 use crate::diff::{self, Kept, KernelDiff, Wanted};
 use crate::fixed::{self, Terms};
 use crate::input::{Change, Input, Op, Owner};
-use crate::names::{Shared, Table};
+use crate::names::{ChainName, Shared, Table};
 use crate::observe::Snapshot;
 use crate::render::ServiceRules;
 use crate::tool::{Flavour, Tool, ToolError};
@@ -46,7 +47,7 @@ pub(crate) struct FamilyState {
     /// What the last write touched; `None` = everything.
     pub(crate) touched: Option<BTreeSet<ServiceKey>>,
     /// Chains that the last write deleted.
-    pub(crate) gone: Vec<String>,
+    pub(crate) gone: Vec<ChainName>,
 }
 
 impl FamilyState {
@@ -103,13 +104,14 @@ impl FamilyState {
         self.gone.clear();
         self.touched = None;
         self.terms = None;
-        let mut wanted = BTreeMap::new();
+        let mut wanted = Vec::with_capacity(plan.services.len());
         for (key, service) in &plan.services {
             match self.wanted(service, &terms) {
-                Ok(new) => drop(wanted.insert(key.clone(), Wanted { new, old: ServiceRules::default() })),
+                Ok(new) => wanted.push((key.clone(), Wanted { new, old: ServiceRules::default() })),
                 Err((kind, message)) => self.leave_out(key, kind, message, false),
             }
         }
+        let wanted = BTreeMap::from_iter(wanted);
         let mut owners: BTreeSet<Owner> = wanted.keys().cloned().map(Owner::Service).collect();
         owners.insert(Owner::Nobody);
         let mut pass = Pass { wanted, terms, full: true, objects: 0 };
@@ -171,8 +173,8 @@ impl FamilyState {
             if self.left_out.contains_key(key) {
                 continue;
             }
-            let gone = wanted.old.chains.keys().filter(|chain| !wanted.new.chains.contains_key(*chain));
-            self.gone.extend(gone.cloned());
+            let gone = wanted.old.chains().filter(|(chain, _)| wanted.new.chain(chain).is_none());
+            self.gone.extend(gone.map(|(chain, _)| *chain));
             match plan.services.get(key) {
                 Some(service) => drop(self.in_force.insert(key.clone(), Arc::clone(service))),
                 None => drop(self.in_force.remove(key)),
@@ -184,7 +186,7 @@ impl FamilyState {
 
     /// The short way: one restore from memory. What is refused goes the long way.
     fn write(&mut self, pass: &mut Pass) -> Result<(), ToolError> {
-        let mut changes: Vec<Change> = pass
+        let mut changes: Vec<Change<'_>> = pass
             .wanted
             .iter()
             .map(|(key, wanted)| Change {
@@ -201,6 +203,7 @@ impl FamilyState {
             self.rewrite_shared(pass, &mut changes);
         }
         let input = Input::new(self.tool.flavour, self.in_force.len(), &changes);
+        drop(changes);
         match self.tool.restore(&input.text) {
             Ok(()) => pass.objects += input.objects,
             Err(error) if error.concerns_rules() => {
@@ -213,23 +216,28 @@ impl FamilyState {
     }
 
     /// Writes those shared chains of nat whole that would lose many lines.
-    fn rewrite_shared(&self, pass: &Pass, changes: &mut Vec<Change>) {
+    fn rewrite_shared<'p>(&self, pass: &'p Pass, changes: &mut Vec<Change<'p>>) {
         for shared in [Shared::Services, Shared::NodePorts] {
             let name = shared.chain();
-            let leaves = |op: &Op| matches!(op, Op::Remove { table: Table::Nat, chain, .. } if chain == name);
+            let leaves =
+                |op: &Op<'_>| matches!(op, Op::Remove { table: Table::Nat, chain, .. } if *chain == name);
             if changes.iter().flat_map(|change| &change.ops).filter(|op| leaves(op)).count() <= REMOVALS {
                 continue;
             }
-            let comes = |op: &Op| matches!(op, Op::Insert { chain, .. } if *chain == shared);
+            let comes = |op: &Op<'_>| matches!(op, Op::Insert { chain, .. } if *chain == shared);
             changes.iter_mut().for_each(|change| change.ops.retain(|op| !leaves(op) && !comes(op)));
             let mut stay: Vec<&ServiceKey> =
                 self.in_force.keys().filter(|key| !pass.wanted.contains_key(*key)).collect();
             stay.sort_unstable();
-            let blocks = stay.into_iter().flat_map(|key| self.rules_in_force(key).blocks);
-            let blocks = blocks.chain(pass.wanted.values().flat_map(|wanted| wanted.new.blocks.clone()));
-            let (table, chain) = (Table::Nat, name.to_owned());
-            let mut ops = vec![Op::Write { table, chain: chain.clone(), body: String::new() }];
-            ops.extend(blocks.filter(|block| block.chain == shared).map(|block| diff::insert(&block)));
+            let (table, chain) = (Table::Nat, name);
+            let mut ops = vec![Op::Write { table, chain, body: Cow::Borrowed("") }];
+            for block in stay.into_iter().flat_map(|key| self.rules_in_force(key).blocks) {
+                if block.chain == shared {
+                    ops.push(Op::Insert { chain: shared, back: block.back, rules: Cow::Owned(block.rules) });
+                }
+            }
+            let new = pass.wanted.values().flat_map(|wanted| &wanted.new.blocks);
+            ops.extend(new.filter(|block| block.chain == shared).map(diff::insert));
             if shared == Shared::Services {
                 ops.push(Op::Append { table, chain, rules: fixed::services_tail(&pass.terms) });
             }
@@ -258,7 +266,8 @@ impl FamilyState {
             };
             let ToolError::Refused { complaint, line, .. } = &error else { return Err(error) };
             let blamed = line
-                .and_then(|line| input.owner(line))
+                .and_then(|line| input.change_at(line))
+                .map(|at| &changes[at].owner)
                 .filter(|owner| owners.contains(*owner))
                 .or(owners.first().filter(|_| owners.len() == 1))
                 .cloned();
@@ -294,7 +303,12 @@ impl FamilyState {
         self.leave_out(key, kind, complaint.to_owned(), previous);
     }
 
-    fn against_kernel(&self, pass: &Pass, snapshot: &Snapshot<'_>, owners: &BTreeSet<Owner>) -> Vec<Change> {
+    fn against_kernel<'p>(
+        &self,
+        pass: &'p Pass,
+        snapshot: &'p Snapshot<'p>,
+        owners: &BTreeSet<Owner>,
+    ) -> Vec<Change<'p>> {
         let kept = Kept::find(snapshot, self.left_out.keys());
         let mut diff = KernelDiff::new(snapshot, &pass.terms, kept);
         let all_here = owners.len() > pass.wanted.len();

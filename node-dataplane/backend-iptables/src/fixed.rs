@@ -1,7 +1,6 @@
 //! What is there whatever Services there are: jumps from the built-in chains, and the chains
 //! that are the same for every Service.
 
-use std::fmt::Write;
 use std::net::IpAddr;
 
 use lockstep_model::Family;
@@ -112,39 +111,32 @@ pub(crate) fn is_our_jump(table: Table, rule: &str) -> bool {
 
 /// A fixed chain that no Service has lines in: name and its rules, with `-A NAME` before each.
 pub(crate) fn bodies(terms: &Terms) -> Vec<(Table, &'static str, String)> {
-    let mark = terms.mark;
-    let mut forward = String::new();
+    const FORWARDING: &str = "-m comment --comment \"kubernetes forwarding rules\" ";
+    const TRACKED: &str = "-m comment --comment \"kubernetes forwarding conntrack rule\" ";
+    const SNAT: &str = "-m comment --comment \"kubernetes service traffic requiring SNAT\" ";
+    let mark = format!("{:#x}", terms.mark);
+    let body = |chain: &str, rules: &[String]| -> String {
+        rules.iter().map(|rule| format!("-A {chain} {rule}\n")).collect()
+    };
+    let mut forward = vec![
+        format!("{FORWARDING}-m mark --mark {mark}/{mark} -j ACCEPT"),
+        format!("{TRACKED}-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
+    ];
     if !terms.liberal {
-        line(&mut forward, names::FORWARD, "-m conntrack --ctstate INVALID -j DROP");
+        forward.insert(0, "-m conntrack --ctstate INVALID -j DROP".to_owned());
     }
-    line(
-        &mut forward,
-        names::FORWARD,
-        &format!(
-            "-m comment --comment \"kubernetes forwarding rules\" -m mark --mark {mark:#x}/{mark:#x} -j ACCEPT"
-        ),
-    );
-    line(
-        &mut forward,
-        names::FORWARD,
-        "-m comment --comment \"kubernetes forwarding conntrack rule\" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
-    );
-    let mut masquerade = String::new();
-    line(&mut masquerade, names::MARK_MASQ, &format!("-j MARK --set-xmark {mark:#x}/{mark:#x}"));
-    let mut postrouting = String::new();
-    line(&mut postrouting, names::POSTROUTING, &format!("-m mark ! --mark {mark:#x}/{mark:#x} -j RETURN"));
-    // Cleared first, so that an encapsulated packet that passes here again is not changed twice.
-    line(&mut postrouting, names::POSTROUTING, &format!("-j MARK --set-xmark {mark:#x}/0x0"));
     let random = if terms.random_fully { " --random-fully" } else { "" };
-    line(
-        &mut postrouting,
-        names::POSTROUTING,
-        &format!("-m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE{random}"),
-    );
+    let postrouting = [
+        format!("-m mark ! --mark {mark}/{mark} -j RETURN"),
+        // Cleared first, so that an encapsulated packet that passes here again is not changed twice.
+        format!("-j MARK --set-xmark {mark}/0x0"),
+        format!("{SNAT}-j MASQUERADE{random}"),
+    ];
+    let masquerade = [format!("-j MARK --set-xmark {mark}/{mark}")];
     vec![
-        (Table::Filter, names::FORWARD, forward),
-        (Table::Nat, names::MARK_MASQ, masquerade),
-        (Table::Nat, names::POSTROUTING, postrouting),
+        (Table::Filter, names::FORWARD, body(names::FORWARD, &forward)),
+        (Table::Nat, names::MARK_MASQ, body(names::MARK_MASQ, &masquerade)),
+        (Table::Nat, names::POSTROUTING, body(names::POSTROUTING, &postrouting)),
     ]
 }
 
@@ -159,7 +151,8 @@ pub(crate) fn services_tail(terms: &Terms) -> Vec<String> {
         .collect()
 }
 
-/// Appends `-A CHAIN RULE`.
-pub(crate) fn line(body: &mut String, chain: &str, rule: &str) {
-    let _ = writeln!(body, "-A {chain} {rule}");
+/// Appends one line, which is these parts.
+pub(crate) fn line(text: &mut String, parts: &[&str]) {
+    parts.iter().for_each(|part| text.push_str(part));
+    text.push('\n');
 }

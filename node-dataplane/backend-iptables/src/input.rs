@@ -16,12 +16,13 @@
 //! leads to is there. The legacy flavour writes the whole table with every commit, so there
 //! nat is one section.
 
+use std::borrow::Cow;
 use std::cmp::Reverse;
-use std::fmt::Write;
 
 use lockstep_model::ServiceKey;
 use rustc_hash::FxHashSet;
 
+use crate::fixed::line;
 use crate::names::{self, Shared, Table};
 use crate::tool::Flavour;
 
@@ -36,28 +37,29 @@ pub(crate) enum Owner {
     Service(ServiceKey),
 }
 
-/// One step of a change.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Op {
+/// One step of a change. Texts are borrowed from the rules and from what the tool printed: they
+/// are copied once, into the input.
+#[derive(Debug)]
+pub(crate) enum Op<'a> {
     /// The chain has exactly these rules, made where it is missing.
-    Write { table: Table, chain: String, body: String },
+    Write { table: Table, chain: &'a str, body: Cow<'a, str> },
     /// The chain is gone.
-    Delete { table: Table, chain: String },
+    Delete { table: Table, chain: &'a str },
     /// Lines come into a shared chain.
-    Insert { chain: Shared, back: bool, rules: Vec<String> },
+    Insert { chain: Shared, back: bool, rules: Cow<'a, [String]> },
     /// A line leaves a chain.
-    Remove { table: Table, chain: String, rule: String },
+    Remove { table: Table, chain: &'a str, rule: &'a str },
     /// Lines come before everything else in a chain.
-    Prepend { table: Table, chain: String, rules: Vec<String> },
+    Prepend { table: Table, chain: &'a str, rules: Vec<String> },
     /// Lines come behind everything else, also behind all inserts.
-    Append { table: Table, chain: String, rules: Vec<String> },
+    Append { table: Table, chain: &'a str, rules: Vec<String> },
 }
 
 /// What one owner needs.
-#[derive(Debug, Clone)]
-pub(crate) struct Change {
+#[derive(Debug)]
+pub(crate) struct Change<'a> {
     pub(crate) owner: Owner,
-    pub(crate) ops: Vec<Op>,
+    pub(crate) ops: Vec<Op<'a>>,
 }
 
 /// An input and its lines' owners.
@@ -67,16 +69,12 @@ pub(crate) struct Input {
     /// Rules and chains written or deleted.
     pub(crate) objects: usize,
     lines: usize,
-    /// First line -> owner, ascending.
-    owners: Vec<(usize, Owner)>,
+    /// First line -> the change it is of, ascending; `None` = nobody's in particular.
+    owners: Vec<(usize, Option<usize>)>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
-    FilterFirst,
-    Nat,
-    FilterLast,
-}
+/// An op and the change it is of.
+type Step<'a> = (usize, &'a Op<'a>);
 
 /// Chains in a section of the nft flavour, where nothing stands yet. Of 100, 250 and 1,000 the
 /// one that took the least time for 60,000 chains: more make the list long, fewer make the
@@ -89,154 +87,146 @@ const SECTION_AMONG: usize = 25;
 
 impl Input {
     /// `standing`: about how many Services are in the tables already.
-    pub(crate) fn new(flavour: Flavour, standing: usize, changes: &[Change]) -> Self {
+    pub(crate) fn new(flavour: Flavour, standing: usize, changes: &[Change<'_>]) -> Self {
         let mut input = Self::default();
+        let steps =
+            || changes.iter().enumerate().flat_map(|(at, change)| change.ops.iter().map(move |op| (at, op)));
         let inserted = inserted(changes);
-        let has_nat = changes.iter().flat_map(|change| &change.ops).any(|op| op.table() == Table::Nat);
+        let (nat, filter): (Vec<Step<'_>>, Vec<Step<'_>>) =
+            steps().partition(|(_, op)| op.table() == Table::Nat);
         // Only Services' own lines wait: what goes with a chain goes before it.
-        let part = |owner: &Owner, op: &Op| match op {
-            _ if op.table() == Table::Nat => Part::Nat,
-            Op::Remove { chain, rule, .. }
-                if has_nat
-                    && matches!(owner, Owner::Service(_))
-                    && !inserted.contains(&(chain.as_str(), rule.as_str())) =>
-            {
-                Part::FilterLast
-            }
-            _ => Part::FilterFirst,
-        };
-        for (wanted, table) in
-            [(Part::FilterFirst, Table::Filter), (Part::Nat, Table::Nat), (Part::FilterLast, Table::Filter)]
-        {
-            let ops: Vec<(&Owner, &Op)> = changes
-                .iter()
-                .flat_map(|change| change.ops.iter().map(move |op| (&change.owner, op)))
-                .filter(|(owner, op)| part(owner, op) == wanted)
-                .collect();
-            match (flavour, wanted) {
-                (Flavour::Nft, Part::Nat) => input.sections(standing, ops),
-                _ => input.table(table, &ops),
-            }
+        let (last, first): (Vec<Step<'_>>, Vec<Step<'_>>) =
+            filter.into_iter().partition(|(at, op)| match op {
+                Op::Remove { chain, rule, .. } => {
+                    !nat.is_empty()
+                        && matches!(changes[*at].owner, Owner::Service(_))
+                        && !inserted.contains(&(*chain, *rule))
+                }
+                _ => false,
+            });
+        input.text.reserve(steps().map(|(_, op)| op.length()).sum());
+        input.table(Table::Filter, &first);
+        match flavour {
+            Flavour::Nft => input.sections(standing, nat),
+            Flavour::Legacy => input.table(Table::Nat, &nat),
         }
+        input.table(Table::Filter, &last);
         input
     }
 
     /// nat in as many commits as it takes to keep each small.
-    fn sections(&mut self, standing: usize, ops: Vec<(&Owner, &Op)>) {
+    fn sections(&mut self, standing: usize, steps: Vec<Step<'_>>) {
         let size = SECTION.max(SECTION_AMONG * standing.isqrt());
-        if ops.iter().filter(|(_, op)| op.declares().is_some()).count() <= size {
-            return self.table(Table::Nat, &ops);
+        if steps.iter().filter(|(_, op)| op.declares().is_some()).count() <= size {
+            return self.table(Table::Nat, &steps);
         }
         let (mut writes, mut lines, mut deletes) = (Vec::new(), Vec::new(), Vec::new());
-        for (owner, op) in ops {
+        for (at, op) in steps {
             match op {
                 Op::Write { chain, .. } if !names::is_shared_chain(Table::Nat, chain) => &mut writes,
                 Op::Delete { .. } => &mut deletes,
                 _ => &mut lines,
             }
-            .push((owner, op));
+            .push((at, op));
         }
         // Not by name within a level: reading back, the tool sorts the chains by a quicksort that
         // takes the square of their number where they were made in order. Hashes are not.
-        let level = |(_, op): &(&Owner, &Op)| op.declares().map_or(0, names::level);
+        let level = |(_, op): &Step<'_>| op.declares().map_or(0, names::level);
         writes.sort_by_key(level);
-        deletes.sort_by_key(|op| Reverse(level(op)));
+        deletes.sort_by_key(|step| Reverse(level(step)));
         writes.chunks(size).for_each(|some| self.table(Table::Nat, some));
         self.table(Table::Nat, &lines);
         deletes.chunks(size).for_each(|some| self.table(Table::Nat, some));
     }
 
-    /// Whose line this is, counted from 1.
-    pub(crate) fn owner(&self, line: usize) -> Option<&Owner> {
+    /// The position of the change that a line is of, counted from 1.
+    pub(crate) fn change_at(&self, line: usize) -> Option<usize> {
         let after = self.owners.partition_point(|(first, _)| *first <= line);
-        self.owners.get(after.checked_sub(1)?).map(|(_, owner)| owner)
+        self.owners.get(after.checked_sub(1)?).and_then(|(_, change)| *change)
     }
 
-    fn table(&mut self, table: Table, ops: &[(&Owner, &Op)]) {
-        if ops.is_empty() {
+    fn table(&mut self, table: Table, steps: &[Step<'_>]) {
+        if steps.is_empty() {
             return;
         }
-        self.push(&Owner::Everybody, format_args!("*{}", table.name()));
-        for (owner, op) in ops {
+        self.push(None, &["*", table.name()]);
+        for (at, op) in steps {
             if let Some(chain) = op.declares() {
-                self.push(owner, format_args!(":{chain} - [0:0]"));
+                self.push(Some(*at), &[":", chain, " - [0:0]"]);
                 self.objects += 1;
             }
         }
-        for (owner, op) in ops {
+        for (at, op) in steps {
             match op {
-                Op::Write { body, .. } if !body.is_empty() => self.paste(owner, body),
-                Op::Remove { chain, rule, .. } => self.rule(owner, "-D", chain, rule),
+                Op::Write { body, .. } if !body.is_empty() => self.paste(*at, body),
+                Op::Remove { chain, rule, .. } => self.rule(*at, "-D", chain, rule),
                 _ => {}
             }
         }
-        let flushed: FxHashSet<&str> = ops
-            .iter()
-            .filter_map(|(_, op)| match op {
-                Op::Write { chain, .. } => Some(chain.as_str()),
-                _ => None,
-            })
-            .collect();
+        let emptied = |chain: &str| {
+            steps.iter().any(|(_, op)| matches!(op, Op::Write { chain: written, .. } if *written == chain))
+        };
+        let emptied: Vec<Shared> =
+            Shared::ALL.into_iter().filter(|it| it.table() == table && emptied(it.chain())).collect();
         for last in [false, true] {
-            for (owner, op) in ops {
+            for (at, op) in steps {
                 if let Op::Insert { chain, back, rules } = op
                     && *back == last
                 {
-                    let append = *back || flushed.contains(chain.chain());
-                    self.insert(owner, append, chain.chain(), rules);
+                    self.insert(*at, *back || emptied.contains(chain), chain.chain(), rules);
                 }
             }
         }
-        for (owner, op) in ops {
+        for (at, op) in steps {
             match op {
-                Op::Prepend { chain, rules, .. } => self.insert(owner, false, chain, rules),
-                Op::Append { chain, rules, .. } => self.insert(owner, true, chain, rules),
+                Op::Prepend { chain, rules, .. } => self.insert(*at, false, chain, rules),
+                Op::Append { chain, rules, .. } => self.insert(*at, true, chain, rules),
                 _ => {}
             }
         }
-        for (owner, op) in ops {
+        for (at, op) in steps {
             if let Op::Delete { chain, .. } = op {
-                self.push(owner, format_args!("-X {chain}"));
+                self.push(Some(*at), &["-X ", chain]);
             }
         }
-        self.push(&Owner::Everybody, format_args!("COMMIT"));
+        self.push(None, &["COMMIT"]);
     }
 
-    fn insert(&mut self, owner: &Owner, append: bool, chain: &str, rules: &[String]) {
+    fn insert(&mut self, change: usize, append: bool, chain: &str, rules: &[String]) {
         if append {
-            rules.iter().for_each(|rule| self.rule(owner, "-A", chain, rule));
+            rules.iter().for_each(|rule| self.rule(change, "-A", chain, rule));
         } else {
-            rules.iter().rev().for_each(|rule| self.rule(owner, "-I", chain, rule));
+            rules.iter().rev().for_each(|rule| self.rule(change, "-I", chain, rule));
         }
     }
 
-    fn rule(&mut self, owner: &Owner, verb: &str, chain: &str, rule: &str) {
+    fn rule(&mut self, change: usize, verb: &str, chain: &str, rule: &str) {
         self.objects += 1;
-        self.push(owner, format_args!("{verb} {chain} {rule}"));
+        self.push(Some(change), &[verb, " ", chain, " ", rule]);
     }
 
-    fn paste(&mut self, owner: &Owner, body: &str) {
-        self.begin(owner);
-        let lines = body.lines().count();
+    fn paste(&mut self, change: usize, body: &str) {
+        self.begin(Some(change));
+        let lines = body.bytes().filter(|byte| *byte == b'\n').count();
         self.objects += lines;
         self.lines += lines;
         self.text.push_str(body);
     }
 
-    fn push(&mut self, owner: &Owner, line: std::fmt::Arguments<'_>) {
-        self.begin(owner);
+    fn push(&mut self, change: Option<usize>, parts: &[&str]) {
+        self.begin(change);
         self.lines += 1;
-        let _ = writeln!(self.text, "{line}");
+        line(&mut self.text, parts);
     }
 
-    fn begin(&mut self, owner: &Owner) {
-        if self.owners.last().is_none_or(|(_, last)| last != owner) {
-            self.owners.push((self.lines + 1, owner.clone()));
+    fn begin(&mut self, change: Option<usize>) {
+        if self.owners.last().is_none_or(|(_, last)| *last != change) {
+            self.owners.push((self.lines + 1, change));
         }
     }
 }
 
-fn inserted(changes: &[Change]) -> FxHashSet<(&str, &str)> {
+fn inserted<'a>(changes: &'a [Change<'_>]) -> FxHashSet<(&'a str, &'a str)> {
     let mut all = FxHashSet::default();
     for op in changes.iter().flat_map(|change| &change.ops) {
         if let Op::Insert { chain, rules, .. } = op
@@ -244,13 +234,13 @@ fn inserted(changes: &[Change]) -> FxHashSet<(&str, &str)> {
         {
             all.extend(rules.iter().map(|rule| (chain.chain(), rule.as_str())));
         } else if let Op::Prepend { table: Table::Filter, chain, rules } = op {
-            all.extend(rules.iter().map(|rule| (chain.as_str(), rule.as_str())));
+            all.extend(rules.iter().map(|rule| (*chain, rule.as_str())));
         }
     }
     all
 }
 
-impl Op {
+impl Op<'_> {
     /// The chain that is declared, which makes it or empties it.
     fn declares(&self) -> Option<&str> {
         match self {
@@ -267,6 +257,21 @@ impl Op {
             | Op::Prepend { table, .. }
             | Op::Append { table, .. } => *table,
             Op::Insert { chain, .. } => chain.table(),
+        }
+    }
+
+    /// About how many bytes it takes in an input: so that the text is allocated once, and a large
+    /// one is not copied while it grows.
+    fn length(&self) -> usize {
+        const AROUND: usize = 48; // a verb, the name of a chain, the end of the line
+        match self {
+            Op::Write { body, .. } => body.len() + AROUND,
+            Op::Delete { .. } => 2 * AROUND,
+            Op::Remove { rule, .. } => rule.len() + AROUND,
+            Op::Insert { rules, .. } => rules.iter().map(|rule| rule.len() + AROUND).sum(),
+            Op::Prepend { rules, .. } | Op::Append { rules, .. } => {
+                rules.iter().map(|rule| rule.len() + AROUND).sum()
+            }
         }
     }
 }

@@ -4,6 +4,8 @@
 //! people have for reading its rules keep working. Length: 9 of prefix + 16 of hash = 25, under
 //! the kernel's limit of 28.
 
+use std::fmt;
+
 use data_encoding::BASE32;
 use lockstep_model::Protocol;
 use lockstep_view::Target;
@@ -82,26 +84,67 @@ pub(crate) const CANARY: &str = "KUBE-PROXY-CANARY";
 const PREFIXES: [&str; 6] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-", "KUBE-XLB-"];
 
 const HASH: usize = 16;
+/// The longest prefix and a hash.
+const LONGEST: usize = 9 + HASH;
+
+/// What a chain is named by behind its prefix.
+pub(crate) type HashText = [u8; HASH];
+
+/// Name of a chain of one Service port or endpoint. A value and not a `String`, because every
+/// endpoint has one and they are made, sorted and looked up by the hundred thousand.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ChainName {
+    text: [u8; LONGEST],
+    length: u8,
+}
+
+impl ChainName {
+    /// `prefix` is one of those above.
+    pub(crate) fn new(prefix: &'static str, hash: HashText) -> Self {
+        let mut text = [0; LONGEST];
+        let (before, after) = text.split_at_mut(prefix.len());
+        before.copy_from_slice(prefix.as_bytes());
+        after[..HASH].copy_from_slice(&hash);
+        Self { text, length: u8::try_from(prefix.len() + HASH).unwrap_or_default() }
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.text[..usize::from(self.length)]).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for ChainName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for ChainName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
 
 /// First 16 characters of the base32 of the SHA-256 of the parts.
-pub(crate) fn hash(parts: &[&str]) -> String {
+pub(crate) fn hash(parts: &[&str]) -> HashText {
     let mut sha = Sha256::new();
     for part in parts {
         sha.update(part.as_bytes());
     }
-    let mut text = BASE32.encode(&sha.finalize());
-    text.truncate(HASH);
+    let mut text = [0; HASH];
+    // Five bits are a character.
+    BASE32.encode_mut(&sha.finalize()[..HASH * 5 / 8], &mut text);
     text
 }
 
 /// Hash of a Service port; `text` is `namespace/name:port`.
-pub(crate) fn port_hash(text: &str, protocol: Protocol) -> String {
+pub(crate) fn port_hash(text: &str, protocol: Protocol) -> HashText {
     hash(&[text, protocol.name()])
 }
 
 /// Name of an endpoint's chain.
-pub(crate) fn endpoint_chain(text: &str, protocol: Protocol, target: Target) -> String {
-    format!("KUBE-SEP-{}", hash(&[text, protocol.name(), &socket(target)]))
+pub(crate) fn endpoint_chain(text: &str, protocol: Protocol, socket: &str) -> ChainName {
+    ChainName::new("KUBE-SEP-", hash(&[text, protocol.name(), socket]))
 }
 
 /// `10.0.0.1:80`, `[fd00::1]:80`.
@@ -165,15 +208,25 @@ mod tests {
             ("ns4/svc4:p80tcp10.180.0.5:80", "C6EBXVWJJZMIWKLZ"),
             ("ns5/svc5:p80tcp10.180.0.3:80", "I77PXRDZVX7PMWMN"),
         ] {
-            assert_eq!(hash(&[text]), expected, "{text}");
+            assert_eq!(hash(&[text]), expected.as_bytes(), "{text}");
         }
     }
 
     #[test]
     fn parts_are_joined_without_separator() {
-        assert_eq!(port_hash("default/nginx-basic:http", Protocol::Tcp), "WWRFY3PZ7W3FGMQW");
+        assert_eq!(port_hash("default/nginx-basic:http", Protocol::Tcp), *b"WWRFY3PZ7W3FGMQW");
         let target = Target { address: [10, 180, 0, 1].into(), port: lockstep_model::Port::new(80).unwrap() };
-        assert_eq!(endpoint_chain("ns1/svc1:p80", Protocol::Tcp, target), "KUBE-SEP-SXIVWICOYRO3J4NJ");
+        let chain = endpoint_chain("ns1/svc1:p80", Protocol::Tcp, &socket(target));
+        assert_eq!(chain.as_str(), "KUBE-SEP-SXIVWICOYRO3J4NJ");
+    }
+
+    #[test]
+    fn names_sort_as_their_text_does() {
+        let hash = port_hash("ns1/svc1:p80", Protocol::Tcp);
+        let mut names = PREFIXES.map(|prefix| ChainName::new(prefix, hash));
+        names.sort_unstable();
+        assert!(names.is_sorted_by_key(ChainName::to_string), "{names:?}");
+        assert_eq!(names[1].as_str(), "KUBE-FW-XPGD46QRK7WJZT7O");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Rules are compared as text first. Only what differs is put into one spelling, because
 //! versions and flavours of the tool print some options differently.
 
-use std::collections::BTreeMap;
+use rustc_hash::FxHashMap;
 
 use crate::names::{Shared, Table};
 use crate::render::print_probability;
@@ -11,8 +11,8 @@ use crate::render::print_probability;
 /// Chains of the two tables.
 #[derive(Debug, Default)]
 pub(crate) struct Snapshot<'a> {
-    filter: BTreeMap<&'a str, &'a str>,
-    nat: BTreeMap<&'a str, &'a str>,
+    filter: FxHashMap<&'a str, &'a str>,
+    nat: FxHashMap<&'a str, &'a str>,
 }
 
 impl<'a> Snapshot<'a> {
@@ -45,15 +45,15 @@ impl<'a> Snapshot<'a> {
         snapshot
     }
 
-    fn of_mut(&mut self, table: Table) -> &mut BTreeMap<&'a str, &'a str> {
+    fn of_mut(&mut self, table: Table) -> &mut FxHashMap<&'a str, &'a str> {
         match table {
             Table::Filter => &mut self.filter,
             Table::Nat => &mut self.nat,
         }
     }
 
-    /// All chains of a table.
-    pub(crate) fn chains(&self, table: Table) -> &BTreeMap<&'a str, &'a str> {
+    /// All chains of a table, in no order.
+    pub(crate) fn chains(&self, table: Table) -> &FxHashMap<&'a str, &'a str> {
         match table {
             Table::Filter => &self.filter,
             Table::Nat => &self.nat,
@@ -92,62 +92,72 @@ fn same(found: &str, rendered: &str) -> bool {
 
 /// A rule in the spelling that [`render`](crate::render) uses.
 pub(crate) fn canonical(rule: &str) -> String {
-    let words = words(rule);
-    let mut out: Vec<String> = Vec::with_capacity(words.len());
+    let mut out = String::with_capacity(rule.len() + 16);
     let mut option = "";
-    for word in &words {
-        let written = match option {
-            "--comment" => format!("\"{}\"", word.trim_matches('"')),
-            "--probability" => word.parse().map_or_else(|_| (*word).to_owned(), print_probability),
-            "-p" => match *word {
-                "6" => "tcp".to_owned(),
-                "17" => "udp".to_owned(),
-                "132" => "sctp".to_owned(),
-                name => name.to_owned(),
+    for word in words(rule) {
+        if !out.is_empty() {
+            out.push(' ');
+        }
+        let printed;
+        let parts: [&str; 3] = match (option, word) {
+            ("--comment", text) => ["\"", text.trim_matches('"'), "\""],
+            ("--probability", share) => match share.parse() {
+                Ok(share) => [
+                    {
+                        printed = print_probability(share);
+                        &printed
+                    },
+                    "",
+                    "",
+                ],
+                Err(_) => [share, "", ""],
             },
-            "-s" | "-d" if !word.contains('/') => {
-                format!("{word}/{}", if word.contains(':') { 128 } else { 32 })
+            ("-p", "6") => ["tcp", "", ""],
+            ("-p", "17") => ["udp", "", ""],
+            ("-p", "132") => ["sctp", "", ""],
+            ("-s" | "-d", host) if !host.contains('/') => {
+                [host, if host.contains(':') { "/128" } else { "/32" }, ""]
             }
-            "--or-mark" => format!("{word}/{word}"),
-            "--xor-mark" => format!("{word}/0x0"),
-            _ => (*word).to_owned(),
+            ("--or-mark", mark) => [mark, "/", mark],
+            ("--xor-mark", mark) => [mark, "/0x0", ""],
+            (_, "--or-mark" | "--xor-mark") => ["--set-xmark", "", ""],
+            (_, word) => [word, "", ""],
         };
-        out.push(match written.as_str() {
-            "--or-mark" | "--xor-mark" => "--set-xmark".to_owned(),
-            _ => written,
-        });
+        parts.iter().for_each(|part| out.push_str(part));
         option = word;
     }
-    out.join(" ")
+    out
 }
 
 /// Words of a rule; a quoted text is one word with its quotes.
-fn words(rule: &str) -> Vec<&str> {
-    let mut words = Vec::new();
+fn words(rule: &str) -> impl Iterator<Item = &str> {
     let mut rest = rule.trim();
-    while !rest.is_empty() {
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
         let end = match rest.strip_prefix('"') {
             Some(quoted) => quoted.find('"').map_or(rest.len(), |at| at + 2),
             None => rest.find(' ').unwrap_or(rest.len()),
         };
-        words.push(&rest[..end]);
-        rest = rest[end..].trim_start();
-    }
-    words
+        let (word, after) = rest.split_at(end);
+        rest = after.trim_start();
+        Some(word)
+    })
 }
 
 /// The comment of a rule.
 pub(crate) fn comment(rule: &str) -> Option<&str> {
-    let words = words(rule);
-    let at = words.iter().position(|word| *word == "--comment")?;
-    words.get(at + 1).map(|word| word.trim_matches('"'))
+    let mut words = words(rule);
+    words.find(|word| *word == "--comment")?;
+    words.next().map(|word| word.trim_matches('"'))
 }
 
 /// The chain or target a rule leads to.
 pub(crate) fn target(rule: &str) -> Option<&str> {
-    let words = words(rule);
-    let at = words.iter().position(|word| matches!(*word, "-j" | "-g"))?;
-    words.get(at + 1).copied()
+    let mut words = words(rule);
+    words.find(|word| matches!(*word, "-j" | "-g"))?;
+    words.next()
 }
 
 #[cfg(test)]

@@ -3,21 +3,22 @@
 //! Only the plan's actions are looked at. The shapes that kube-proxy writes come out as it
 //! writes them; every other combination of actions gets a chain that tests the sources.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::ops::Range;
 
-use lockstep_model::Family;
+use lockstep_model::{Family, Port};
 use lockstep_view::{Action, Frontend, Pool, PortPlan, ServicePlan, Surface, Target};
 
 use crate::fixed::{Terms, host, line};
-use crate::names::{self, Shared};
+use crate::names::{self, ChainName, HashText, Shared};
 
 /// Rules of one Service in one family.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub(crate) struct ServiceRules {
-    /// Chains of its own: name -> rules, with `-A NAME` before each.
-    pub(crate) chains: BTreeMap<String, String>,
-    /// Lines in shared chains.
+    /// The rules of all chains of its own, one chain after the other, with `-A NAME` before each.
+    text: String,
+    /// Where the rules of each chain are, by name.
+    chains: Vec<(ChainName, Range<usize>)>,
+    /// Lines in shared chains, sorted.
     pub(crate) blocks: Vec<Block>,
 }
 
@@ -62,7 +63,28 @@ impl ServiceRules {
         }
         rules.blocks.sort_unstable();
         rules.blocks.dedup();
+        // An endpoint that is in both pools has one chain, which was rendered twice.
+        rules.chains.sort_by_key(|(name, _)| *name);
+        rules.chains.dedup_by_key(|(name, _)| *name);
         Ok(rules)
+    }
+
+    /// Chains of its own: name and rules, by name.
+    pub(crate) fn chains(&self) -> impl Iterator<Item = (&ChainName, &str)> {
+        self.chains.iter().map(|(name, at)| (name, &self.text[at.clone()]))
+    }
+
+    /// The rules of one of its chains.
+    pub(crate) fn chain(&self, name: &ChainName) -> Option<&str> {
+        let at = self.chains.binary_search_by_key(name, |(known, _)| *known).ok()?;
+        self.chains.get(at).map(|(_, at)| &self.text[at.clone()])
+    }
+
+    /// Adds a chain; `write` appends its rules.
+    fn add(&mut self, name: ChainName, write: impl FnOnce(&mut String)) {
+        let start = self.text.len();
+        write(&mut self.text);
+        self.chains.push((name, start..self.text.len()));
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -131,10 +153,14 @@ struct PortRender<'a> {
     port: &'a PortPlan,
     terms: &'a Terms,
     text: String,
-    hash: String,
+    hash: HashText,
+    /// Rules that come first in the chains of the pools.
+    cluster_head: String,
+    local_head: String,
     /// Dispatch chains so far: what they do -> name. The first has kube-proxy's name.
-    dispatch: Vec<(Actions, String)>,
-    guards: Vec<(String, Vec<String>, String)>,
+    dispatch: Vec<(Actions, ChainName)>,
+    /// Guarding chains so far: where they lead, whom they let pass -> name.
+    guards: Vec<(ChainName, Vec<String>, ChainName)>,
 }
 
 impl<'a> PortRender<'a> {
@@ -152,40 +178,49 @@ impl<'a> PortRender<'a> {
             return Err(RenderError::Family { port: port.port.get(), address: address.to_string() });
         }
         let hash = names::port_hash(&text, port.protocol);
-        Ok(Self { port, terms, text, hash, dispatch: Vec::new(), guards: Vec::new() })
+        let (cluster_head, local_head) = (String::new(), String::new());
+        Ok(Self { port, terms, text, hash, cluster_head, local_head, dispatch: vec![], guards: vec![] })
     }
 
     fn render(mut self, rules: &mut ServiceRules) {
+        let mut used = Vec::new();
         for frontend in &self.port.frontends {
             let actions = Actions::of(frontend, self.terms);
             self.forward(frontend, actions, rules);
             self.guard(frontend, actions, rules);
             self.refuse(frontend, actions, rules);
+            used.extend(actions.all().filter_map(pool_of));
         }
         for (pool, targets) in [(Pool::Cluster, &self.port.cluster), (Pool::Local, &self.port.local)] {
-            let name = self.pool_chain(pool);
-            let used = rules.chains.values().any(|body| body.contains(&name))
-                || rules.blocks.iter().any(|block| block.rules.iter().any(|rule| rule.contains(&name)));
-            if used {
-                self.pool(name, targets, rules);
+            if used.contains(&pool) {
+                self.pool(pool, targets, rules);
             }
         }
     }
 
-    fn pool_chain(&self, pool: Pool) -> String {
+    fn pool_chain(&self, pool: Pool) -> ChainName {
         let prefix = match pool {
             Pool::Cluster => "KUBE-SVC-",
             Pool::Local => "KUBE-SVL-",
         };
-        format!("{prefix}{}", self.hash)
+        ChainName::new(prefix, self.hash)
+    }
+
+    /// The chain of this prefix for the port as a whole, and further ones.
+    fn nth_chain(&self, prefix: &'static str, nth: usize) -> ChainName {
+        let hash = match nth {
+            0 => self.hash,
+            nth => names::hash(&[&self.text, self.port.protocol.name(), "/", &nth.to_string()]),
+        };
+        ChainName::new(prefix, hash)
     }
 
     fn comment(&self, what: &str) -> String {
-        format!("-m comment --comment \"{}{what}\" ", self.text)
+        ["-m comment --comment \"", &self.text, what, "\" "].concat()
     }
 
     /// `-p tcp COMMENT MATCHES-m tcp --dport 80 `.
-    fn to_port(&self, comment: &str, matches: &str, port: lockstep_model::Port) -> String {
+    fn to_port(&self, comment: &str, matches: &str, port: Port) -> String {
         let protocol = self.port.protocol.name();
         format!("-p {protocol} {comment}{matches}-m {protocol} --dport {port} ")
     }
@@ -205,7 +240,7 @@ impl<'a> PortRender<'a> {
             (actions.cluster_ip_shape(), matches!(frontend.surface, Surface::ClusterIp(_)));
         let mut target = match shape {
             Some((pool, masquerade)) if is_cluster_ip => {
-                self.mark_at_cluster_ip(frontend, pool, masquerade, rules);
+                self.mark_at_cluster_ip(frontend, pool, masquerade);
                 self.pool_chain(pool)
             }
             _ => self.dispatch(actions, rules),
@@ -223,72 +258,67 @@ impl<'a> PortRender<'a> {
     }
 
     /// kube-proxy marks traffic to the cluster IP in the pool's chain, by destination.
-    fn mark_at_cluster_ip(
-        &self,
-        frontend: &Frontend,
-        pool: Pool,
-        masquerade: Masquerade,
-        rules: &mut ServiceRules,
-    ) {
+    fn mark_at_cluster_ip(&mut self, frontend: &Frontend, pool: Pool, masquerade: Masquerade) {
         let Some(ip) = frontend.surface.address() else { return };
         let name = self.pool_chain(pool);
-        let matched =
-            format!("-d {} {}", host(ip), self.to_port(&self.comment(" cluster IP"), "", frontend.port));
-        let body = rules.chains.entry(name.clone()).or_default();
+        let chain = name.as_str();
+        let (host, matched) = (host(ip), self.to_port(&self.comment(" cluster IP"), "", frontend.port));
+        let head = match pool {
+            Pool::Cluster => &mut self.cluster_head,
+            Pool::Local => &mut self.local_head,
+        };
         match (masquerade, self.terms.pods.split_first()) {
             (Masquerade::Nobody, _) => {}
             (Masquerade::Everybody, _) | (Masquerade::AllButPods, None) => {
-                line(body, &name, &format!("{matched}-j {}", names::MARK_MASQ));
+                line(head, &["-A ", chain, " -d ", &host, " ", &matched, "-j ", names::MARK_MASQ]);
             }
             (Masquerade::AllButPods, Some((first, more))) => {
-                line(body, &name, &format!("! -s {first} {matched}-j {}", names::MARK_MASQ));
+                let others = ["-A ", chain, " ! -s ", first, " -d ", &host, " "];
+                line(head, &[&others.concat(), &matched, "-j ", names::MARK_MASQ]);
                 // One rule can exclude one range only; the mark of the others is taken back.
                 for range in more {
                     let unmark = format!("-j MARK --set-xmark 0x0/{:#x}", self.terms.mark);
-                    line(body, &name, &format!("-s {range} {matched}{unmark}"));
+                    line(head, &["-A ", chain, " -s ", range, " -d ", &host, " ", &matched, &unmark]);
                 }
             }
         }
     }
 
     /// A chain that sends each source where its action says; sources that are refused return.
-    fn dispatch(&mut self, actions: Actions, rules: &mut ServiceRules) -> String {
+    fn dispatch(&mut self, actions: Actions, rules: &mut ServiceRules) -> ChainName {
         if let Some((_, name)) = self.dispatch.iter().find(|(known, _)| *known == actions) {
-            return name.clone();
+            return *name;
         }
-        let name = match self.dispatch.len() {
-            0 => format!("KUBE-EXT-{}", self.hash),
-            nth => {
-                let nth = nth.to_string();
-                format!("KUBE-EXT-{}", names::hash(&[&self.text, self.port.protocol.name(), "/", &nth]))
+        let name = self.nth_chain("KUBE-EXT-", self.dispatch.len());
+        rules.add(name, |body| {
+            if let Some(action) = actions.pod {
+                for range in &self.terms.pods {
+                    let pods = (&*format!("-s {range} "), "");
+                    self.send(body, name, pods, ["masquerade", "pod traffic for"], action);
+                }
             }
-        };
-        let mut body = String::new();
-        if let Some(action) = actions.pod {
-            for range in &self.terms.pods {
-                self.send(
-                    &mut body,
-                    &name,
-                    (&format!("-s {range} "), ""),
-                    ["masquerade", "pod traffic for"],
-                    action,
-                );
+            if let Some(action) = actions.node {
+                let local = ("", "-m addrtype --src-type LOCAL ");
+                self.send(body, name, local, ["masquerade LOCAL", "route LOCAL traffic for"], action);
             }
-        }
-        if let Some(action) = actions.node {
-            let local = ("", "-m addrtype --src-type LOCAL ");
-            self.send(&mut body, &name, local, ["masquerade LOCAL", "route LOCAL traffic for"], action);
-        }
-        self.send(&mut body, &name, ("", ""), ["masquerade", ""], actions.rest);
-        rules.chains.insert(name.clone(), body);
-        self.dispatch.push((actions, name.clone()));
+            self.send(body, name, ("", ""), ["masquerade", ""], actions.rest);
+        });
+        self.dispatch.push((actions, name));
         name
     }
 
     /// One class of sources of a dispatch chain. `words`: how the comments of the marking and
     /// of the jump begin; an empty one = no comment.
-    fn send(&self, body: &mut String, chain: &str, source: (&str, &str), words: [&str; 2], action: Action) {
+    fn send(
+        &self,
+        body: &mut String,
+        chain: ChainName,
+        source: (&str, &str),
+        words: [&str; 2],
+        action: Action,
+    ) {
         let (before, after) = source;
+        let chain = chain.as_str();
         let comment =
             |word: &str| format!("-m comment --comment \"{word} {} external destinations\" ", self.text);
         let jump = if words[1].is_empty() { String::new() } else { comment(words[1]) };
@@ -296,47 +326,43 @@ impl<'a> PortRender<'a> {
             Action::Forward { pool, masquerade } => {
                 if masquerade {
                     let mark = comment(&format!("{} traffic for", words[0]));
-                    line(body, chain, &format!("{before}{mark}{after}-j {}", names::MARK_MASQ));
+                    line(body, &["-A ", chain, " ", before, &mark, after, "-j ", names::MARK_MASQ]);
                 }
-                line(body, chain, &format!("{before}{jump}{after}-j {}", self.pool_chain(pool)));
+                let to = self.pool_chain(pool);
+                line(body, &["-A ", chain, " ", before, &jump, after, "-j ", to.as_str()]);
             }
             Action::Reject | Action::Drop if before.is_empty() && after.is_empty() => {}
-            Action::Reject | Action::Drop => line(body, chain, &format!("{before}{jump}{after}-j RETURN")),
+            Action::Reject | Action::Drop => {
+                line(body, &["-A ", chain, " ", before, &jump, after, "-j RETURN"]);
+            }
         }
     }
 
     /// A chain that lets only some sources on.
-    fn guarded(&mut self, target: String, allowed: Vec<String>, rules: &mut ServiceRules) -> String {
+    fn guarded(&mut self, target: ChainName, allowed: Vec<String>, rules: &mut ServiceRules) -> ChainName {
         let known = self.guards.iter().find(|(to, ranges, _)| *to == target && *ranges == allowed);
         if let Some((_, _, name)) = known {
-            return name.clone();
+            return *name;
         }
-        let name = match self.guards.len() {
-            0 => format!("KUBE-FW-{}", self.hash),
-            nth => {
-                let nth = nth.to_string();
-                format!("KUBE-FW-{}", names::hash(&[&self.text, self.port.protocol.name(), "/", &nth]))
+        let name = self.nth_chain("KUBE-FW-", self.guards.len());
+        let (chain, to) = (name.as_str(), target.as_str());
+        rules.add(name, |body| {
+            let comment = self.comment(" loadbalancer IP");
+            for range in &allowed {
+                line(body, &["-A ", chain, " ", &source_match(range), &comment, "-j ", to]);
             }
-        };
-        let mut body = String::new();
-        for range in &allowed {
-            let source = source_match(range);
-            line(&mut body, &name, &format!("{source}{}-j {target}", self.comment(" loadbalancer IP")));
-        }
-        let end = format!(
-            "-m comment --comment \"other traffic to {} will be dropped by KUBE-PROXY-FIREWALL\"",
-            self.text
-        );
-        line(&mut body, &name, &end);
-        rules.chains.insert(name.clone(), body);
-        self.guards.push((target, allowed, name.clone()));
+            let others =
+                ["other traffic to ", &self.text, " will be dropped by KUBE-PROXY-FIREWALL"].concat();
+            line(body, &["-A ", chain, " -m comment --comment \"", &others, "\""]);
+        });
+        self.guards.push((target, allowed, name));
         name
     }
 
     /// filter: sources that may not use the frontend are dropped before refusals are looked at.
     fn guard(&self, frontend: &Frontend, actions: Actions, rules: &mut ServiceRules) {
         let Some(allowed) = &frontend.allowed_sources else { return };
-        let what = format!(" traffic not accepted by KUBE-FW-{}", self.hash);
+        let what = format!(" traffic not accepted by {}", ChainName::new("KUBE-FW-", self.hash));
         for (before, after) in self.destinations(frontend) {
             let matched = self.to_port(&self.comment(&what), after, frontend.port);
             let mut lines = Vec::new();
@@ -406,56 +432,62 @@ impl<'a> PortRender<'a> {
     }
 
     /// A load-balancing chain and the chains of its endpoints.
-    fn pool(&self, name: String, targets: &[Target], rules: &mut ServiceRules) {
-        let mut body = rules.chains.remove(&name).unwrap_or_default();
+    fn pool(&self, pool: Pool, targets: &[Target], rules: &mut ServiceRules) {
+        let mut ends: Vec<End> = targets.iter().map(|target| self.end(*target)).collect();
         // By text, as kube-proxy sorts them.
-        let mut ends: Vec<(String, Target)> = targets.iter().map(|t| (names::socket(*t), *t)).collect();
-        ends.sort_unstable();
-        let mut chains: Vec<String> = Vec::with_capacity(ends.len());
-        for (socket, target) in &ends {
-            let chain = names::endpoint_chain(&self.text, self.port.protocol, *target);
-            if !rules.chains.contains_key(&chain) {
-                let rules_of_end = self.endpoint(&chain, socket, *target);
-                rules.chains.insert(chain.clone(), rules_of_end);
+        ends.sort_unstable_by(|a, b| a.socket.cmp(&b.socket));
+        // Room for the four lines of an endpoint without options: growing would copy the text over and over.
+        rules.text.reserve(ends.len() * (4 * self.text.len() + 400));
+        for end in &ends {
+            rules.add(end.chain, |body| self.endpoint(end, body));
+        }
+        let name = self.pool_chain(pool);
+        let head = match pool {
+            Pool::Cluster => &self.cluster_head,
+            Pool::Local => &self.local_head,
+        };
+        let begin = ["-A ", name.as_str(), " -m comment --comment \"", &self.text, " -> "].concat();
+        rules.add(name, |body| {
+            body.push_str(head);
+            if let Some(seconds) = self.port.affinity_seconds {
+                let recent = format!("\" -m recent --rcheck --seconds {seconds} --reap --name ");
+                let mask = format!(" --mask {} --rsource -j ", self.full_mask());
+                for End { socket, chain, .. } in &ends {
+                    line(body, &[&begin, socket, &recent, chain.as_str(), &mask, chain.as_str()]);
+                }
             }
-            chains.push(chain);
-        }
-        if let Some(seconds) = self.port.affinity_seconds {
-            for ((socket, _), chain) in ends.iter().zip(&chains) {
-                let _ = writeln!(
-                    body,
-                    "-A {name} {}-m recent --rcheck --seconds {seconds} --reap --name {chain} --mask {} --rsource -j {chain}",
-                    self.comment(&format!(" -> {socket}")),
-                    self.full_mask(),
-                );
+            for (index, End { socket, chain, .. }) in ends.iter().enumerate() {
+                match ends.len() - index {
+                    1 => line(body, &[&begin, socket, "\" -j ", chain.as_str()]),
+                    left => {
+                        let one_in = "\" -m statistic --mode random --probability ";
+                        line(body, &[&begin, socket, one_in, &probability(left), " -j ", chain.as_str()]);
+                    }
+                }
             }
-        }
-        for (index, ((socket, _), chain)) in ends.iter().zip(&chains).enumerate() {
-            let comment = self.comment(&format!(" -> {socket}"));
-            let _ = match ends.len() - index {
-                1 => writeln!(body, "-A {name} {comment}-j {chain}"),
-                left => writeln!(
-                    body,
-                    "-A {name} {comment}-m statistic --mode random --probability {} -j {chain}",
-                    probability(left)
-                ),
-            };
-        }
-        rules.chains.insert(name, body);
+        });
     }
 
-    fn endpoint(&self, chain: &str, socket: &str, target: Target) -> String {
-        let mut body = String::new();
-        let (comment, protocol) = (self.comment(""), self.port.protocol.name());
+    fn end(&self, target: Target) -> End {
+        let socket = names::socket(target);
+        let chain = names::endpoint_chain(&self.text, self.port.protocol, &socket);
+        End { socket, chain, target }
+    }
+
+    fn endpoint(&self, end: &End, body: &mut String) {
+        let (chain, protocol) = (end.chain.as_str(), self.port.protocol.name());
+        let comment = ["-m comment --comment \"", &self.text, "\" "];
+        let [before, text, after] = comment;
+        let host = host(end.target.address);
         // An endpoint that reaches itself through the Service must get the answer through us.
-        line(&mut body, chain, &format!("-s {} {comment}-j {}", host(target.address), names::MARK_MASQ));
+        line(body, &["-A ", chain, " -s ", &host, " ", before, text, after, "-j ", names::MARK_MASQ]);
         let recent = match self.port.affinity_seconds {
             Some(_) => format!("-m recent --set --name {chain} --mask {} --rsource ", self.full_mask()),
             None => String::new(),
         };
-        let dnat = format!("-p {protocol} {comment}{recent}-m {protocol} -j DNAT --to-destination {socket}");
-        line(&mut body, chain, &dnat);
-        body
+        let start = ["-A ", chain, " -p ", protocol, " ", before, text, after, &recent];
+        start.iter().for_each(|part| body.push_str(part));
+        line(body, &["-m ", protocol, " -j DNAT --to-destination ", &end.socket]);
     }
 
     fn full_mask(&self) -> &'static str {
@@ -463,6 +495,21 @@ impl<'a> PortRender<'a> {
             Family::V4 => "255.255.255.255",
             Family::V6 => "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
         }
+    }
+}
+
+/// An endpoint and its chain.
+struct End {
+    /// As [`names::socket`] writes it.
+    socket: String,
+    chain: ChainName,
+    target: Target,
+}
+
+fn pool_of(action: Action) -> Option<Pool> {
+    match action {
+        Action::Forward { pool, .. } => Some(pool),
+        Action::Reject | Action::Drop => None,
     }
 }
 

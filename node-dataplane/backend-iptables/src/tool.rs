@@ -103,7 +103,9 @@ impl Tool {
     /// All tables, as text. Never makes a table.
     pub(crate) fn save(&self) -> Result<String, ToolError> {
         let output = self.call("save", &[], b"")?;
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        // Somebody else's comment may be anything; all else is ASCII and need not be copied.
+        Ok(String::from_utf8(output.stdout)
+            .unwrap_or_else(|other| String::from_utf8_lossy(other.as_bytes()).into_owned()))
     }
 
     /// `iptables-restore v1.8.9 (legacy)` -> `1.8.9`.
