@@ -16,6 +16,9 @@ use crate::check;
 use crate::choose;
 use crate::cleanup::cleanup;
 use crate::family::FamilyState;
+use crate::names::{ChainName, Shared};
+use crate::observe::Snapshot;
+use crate::read_back::read_back;
 use crate::tool::{Flavour, Tool, ToolError};
 use crate::watch::Watch;
 
@@ -171,10 +174,16 @@ impl Backend for Iptables {
     }
 
     fn verify(&mut self) -> Result<Vec<Drift>, BackendError> {
-        let results = self.each(|state| {
-            let saved = state.tool.save()?;
-            Ok(check::compare(state, &saved, state.touched.as_ref()))
-        });
+        let gone: Vec<Family> = self
+            .families
+            .iter()
+            .filter(|state| {
+                let chains = state.touched.iter().flat_map(|touched| &touched.gone);
+                self.watch.lacks(state.tool.family, chains.map(ChainName::as_str))
+            })
+            .map(|state| state.tool.family)
+            .collect();
+        let results = self.each(|state| read_back(state, gone.contains(&state.tool.family)));
         let mut drift = Vec::new();
         for (family, result) in results {
             drift.extend(result.map_err(|error| self.failed(family, "read back", error))?);
@@ -200,7 +209,7 @@ impl Backend for Iptables {
         let mut drift = Vec::new();
         if let Some(state) = self.families.iter().find(|state| state.tool.family == family) {
             let saved = state.tool.save().map_err(|error| self.failed(family, "audit", error))?;
-            drift = check::compare(state, &saved, None);
+            drift = check::compare(state, &Snapshot::parse(&saved), None, &Shared::ALL);
         }
         self.credit = Duration::ZERO;
         self.cost = started.elapsed();

@@ -1,26 +1,29 @@
 //! What should be there against what `iptables-save` prints: the read-back of `verify` and
 //! `audit`. Shares no code with the diff that writes.
 
-use std::collections::BTreeSet;
-
 use lockstep_model::{Family, ServiceKey};
 use lockstep_view::backend::Drift;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::diff::Kept;
-use crate::family::FamilyState;
+use crate::family::{FamilyState, Touched};
 use crate::fixed::{self, Terms};
 use crate::names::{self, ChainName, Shared, Table};
 use crate::observe::{self, Snapshot};
 
-/// Compares everything, or, where `only` is given, these Services and what all share.
-pub(crate) fn compare(state: &FamilyState, saved: &str, only: Option<&BTreeSet<ServiceKey>>) -> Vec<Drift> {
+/// Compares everything, or, where `only` is given, what was touched and what all Services need.
+/// `shared`: the shared chains that the snapshot has.
+pub(crate) fn compare(
+    state: &FamilyState,
+    snapshot: &Snapshot<'_>,
+    only: Option<&Touched>,
+    shared: &[Shared],
+) -> Vec<Drift> {
     let Some(terms) = &state.terms else { return Vec::new() };
-    let snapshot = Snapshot::parse(saved);
-    let mut check = Check { snapshot: &snapshot, family: state.tool.family, drift: Vec::new() };
+    let mut check = Check { snapshot, shared, family: state.tool.family, drift: Vec::new() };
     check.fixed(terms);
     match only {
-        Some(keys) => check.some(state, keys),
+        Some(touched) => check.some(state, touched),
         None => check.all(state),
     }
     check.drift
@@ -28,6 +31,7 @@ pub(crate) fn compare(state: &FamilyState, saved: &str, only: Option<&BTreeSet<S
 
 struct Check<'a> {
     snapshot: &'a Snapshot<'a>,
+    shared: &'a [Shared],
     family: Family,
     drift: Vec<Drift>,
 }
@@ -54,7 +58,7 @@ impl Check<'_> {
         for (table, chain, body) in fixed::bodies(terms) {
             self.chain(table, chain, &body);
         }
-        for shared in Shared::ALL {
+        for shared in self.shared {
             if self.snapshot.body(shared.table(), shared.chain()).is_none() {
                 self.report(shared.table(), shared.chain(), "missing");
             }
@@ -70,6 +74,9 @@ impl Check<'_> {
                 self.report(jumps.table, jumps.chain, "jumps differ");
             }
         }
+        if !self.shared.contains(&Shared::Services) {
+            return;
+        }
         let tail = fixed::services_tail(terms);
         let rules = self.snapshot.rules(Table::Nat, Shared::Services.chain());
         let end = rules.len().saturating_sub(tail.len());
@@ -79,14 +86,14 @@ impl Check<'_> {
     }
 
     /// Every line of these Services, and nothing left of what they had.
-    fn some(&mut self, state: &FamilyState, keys: &BTreeSet<ServiceKey>) {
-        for chain in &state.gone {
+    fn some(&mut self, state: &FamilyState, touched: &Touched) {
+        for chain in &touched.gone {
             if self.snapshot.body(Table::Nat, chain.as_str()).is_some() {
                 self.report(Table::Nat, chain.as_str(), "still there");
             }
         }
         let mut lines: FxHashSet<(Shared, String)> = FxHashSet::default();
-        for key in keys {
+        for key in &touched.services {
             let rules = state.rules_in_force(key);
             for (chain, body) in rules.chains() {
                 self.chain(Table::Nat, chain.as_str(), body);
@@ -95,14 +102,16 @@ impl Check<'_> {
                 lines.extend(block.rules.into_iter().map(|rule| (block.chain, rule)));
             }
         }
-        let names: FxHashSet<String> =
-            keys.iter().filter(|key| !state.left_out.contains_key(*key)).map(ToString::to_string).collect();
-        for shared in Shared::ALL {
+        let names: FxHashSet<String> = touched.services.iter().map(ToString::to_string).collect();
+        let left_out: FxHashSet<String> = state.left_out.keys().map(ToString::to_string).collect();
+        for &shared in self.shared {
             let mut surplus = 0;
             for rule in self.snapshot.rules(shared.table(), shared.chain()) {
                 let named = observe::comment(rule).and_then(|text| text.split([':', ' ']).next());
+                // Our lines begin with the name of their Service: no other line needs a look.
+                let Some(name) = named.filter(|name| names.contains(*name)) else { continue };
                 let found = lines.remove(&(shared, observe::canonical(rule)));
-                surplus += usize::from(!found && named.is_some_and(|name| names.contains(name)));
+                surplus += usize::from(!found && !left_out.contains(name));
             }
             let missing = lines.iter().filter(|(chain, _)| *chain == shared).count();
             self.count(shared, missing, surplus);
@@ -136,7 +145,9 @@ impl Check<'_> {
             }
         }
         let chains: FxHashSet<&str> = chains.iter().map(ChainName::as_str).collect();
-        for chain in self.snapshot.chains(Table::Nat).keys() {
+        let mut there: Vec<&str> = self.snapshot.chains(Table::Nat).keys().copied().collect();
+        there.sort_unstable();
+        for chain in there {
             let known = chains.contains(chain) || kept.chains.contains(chain);
             if names::is_service_chain(Table::Nat, chain) && !known {
                 self.report(Table::Nat, chain, "in no plan");

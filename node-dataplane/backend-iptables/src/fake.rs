@@ -10,6 +10,8 @@ use lockstep_kernel::exec::{ExecError, Output, Run};
 
 type Chains = BTreeMap<String, Vec<String>>;
 
+const BUILT_IN: [&str; 5] = ["INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"];
+
 /// Both families' tables, and what is to go wrong.
 #[derive(Default)]
 pub(crate) struct Fake {
@@ -22,6 +24,7 @@ struct State {
     tables: BTreeMap<(bool, String), Chains>,
     restores: usize,
     locked: usize,
+    locked_v6: bool,
     without_v6: bool,
     /// A commit is refused, without naming a line, where a rule has this text.
     hated: Option<String>,
@@ -30,6 +33,10 @@ struct State {
 impl Fake {
     pub(crate) fn lock_once(&self) {
         self.state().locked = 1;
+    }
+
+    pub(crate) fn lock_v6(&self, locked: bool) {
+        self.state().locked_v6 = locked;
     }
 
     pub(crate) fn take_v6_away(&self) {
@@ -78,13 +85,14 @@ impl Run for Fake {
         if program.ends_with("-save") {
             return Ok(done(state.save(v6)));
         }
-        if state.locked > 0 {
-            state.locked -= 1;
+        if state.locked > 0 || (v6 && state.locked_v6) {
+            state.locked = state.locked.saturating_sub(1);
             return Ok(failed(4, "Another app is currently holding the xtables lock".to_owned()));
         }
-        state.restores += 1;
         let input = std::str::from_utf8(stdin).unwrap();
-        Ok(state.restore(v6, input).map_or_else(|fault| failed(1, fault), |()| done(String::new())))
+        let only_asks = |line: &str| ["*", "-S ", "COMMIT"].iter().any(|start| line.starts_with(start));
+        state.restores += usize::from(!input.lines().all(only_asks));
+        Ok(state.restore(v6, input).map_or_else(|fault| failed(1, fault), done))
     }
 }
 
@@ -102,14 +110,15 @@ impl State {
         text
     }
 
-    fn restore(&mut self, v6: bool, input: &str) -> Result<(), String> {
+    /// Returns what is asked for with `-S`.
+    fn restore(&mut self, v6: bool, input: &str) -> Result<String, String> {
+        let mut listed = String::new();
         let mut open: Option<(String, Chains)> = None;
         for (index, line) in input.lines().enumerate() {
             let fault =
                 |what: &str| format!("iptables-restore: {what}\nError occurred at line: {}", index + 1);
             if let Some(table) = line.strip_prefix('*') {
-                let empty = || ["INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING"];
-                let built_in = || empty().into_iter().map(|chain| (chain.to_owned(), Vec::new())).collect();
+                let built_in = || BUILT_IN.map(|chain| (chain.to_owned(), Vec::new())).into_iter().collect();
                 let chains = self.tables.get(&(v6, table.to_owned())).cloned().unwrap_or_else(built_in);
                 open = Some((table.to_owned(), chains));
                 continue;
@@ -121,9 +130,12 @@ impl State {
                 continue;
             }
             let Some((_, chains)) = &mut open else { return Err(fault("no table")) };
-            edit(chains, line).map_err(fault)?;
+            match line.strip_prefix("-S ") {
+                Some(chain) => listed += &list(chains, chain).ok_or_else(|| fault("no such chain"))?,
+                None => edit(chains, line).map_err(fault)?,
+            }
         }
-        Ok(())
+        Ok(listed)
     }
 
     fn check(&self, chains: &Chains) -> Result<(), String> {
@@ -138,6 +150,15 @@ impl State {
         }
         Ok(())
     }
+}
+
+fn list(chains: &Chains, chain: &str) -> Option<String> {
+    let head = match BUILT_IN.contains(&chain) {
+        true => format!("-P {chain} ACCEPT\n"),
+        false => format!("-N {chain}\n"),
+    };
+    let rules = chains.get(chain)?.iter().map(|rule| format!("-A {chain} {rule}\n"));
+    Some(std::iter::once(head).chain(rules).collect())
 }
 
 fn edit(chains: &mut Chains, line: &str) -> Result<(), &'static str> {

@@ -33,6 +33,26 @@ pub(crate) struct LeftOut {
     pub(crate) previous_in_force: bool,
 }
 
+/// What a write touched.
+#[derive(Debug, Default)]
+pub(crate) struct Touched {
+    pub(crate) services: BTreeSet<ServiceKey>,
+    /// Chains that lines of Services came into or left.
+    pub(crate) shared: BTreeSet<Shared>,
+    /// Chains that were deleted.
+    pub(crate) gone: Vec<ChainName>,
+}
+
+impl Touched {
+    fn add(&mut self, Wanted { old, new }: &Wanted) {
+        let gone = old.chains().filter(|(chain, _)| new.chain(chain).is_none());
+        self.gone.extend(gone.map(|(chain, _)| *chain));
+        let left = old.blocks.iter().filter(|block| !new.blocks.contains(block));
+        let came = new.blocks.iter().filter(|block| !old.blocks.contains(block));
+        self.shared.extend(left.chain(came).map(|block| block.chain));
+    }
+}
+
 pub(crate) struct FamilyState {
     pub(crate) tool: Tool,
     pub(crate) abilities: Abilities,
@@ -45,9 +65,7 @@ pub(crate) struct FamilyState {
     /// Services whose write failed for a reason that is not theirs: written with the next.
     owed: BTreeSet<ServiceKey>,
     /// What the last write touched; `None` = everything.
-    pub(crate) touched: Option<BTreeSet<ServiceKey>>,
-    /// Chains that the last write deleted.
-    pub(crate) gone: Vec<ChainName>,
+    pub(crate) touched: Option<Touched>,
 }
 
 impl FamilyState {
@@ -61,8 +79,7 @@ impl FamilyState {
             in_force: FxHashMap::default(),
             left_out: BTreeMap::new(),
             owed: BTreeSet::new(),
-            touched: Some(BTreeSet::new()),
-            gone: Vec::new(),
+            touched: Some(Touched::default()),
         }
     }
 
@@ -101,7 +118,6 @@ impl FamilyState {
         self.in_force.clear();
         self.left_out.clear();
         self.owed.clear();
-        self.gone.clear();
         self.touched = None;
         self.terms = None;
         let mut wanted = Vec::with_capacity(plan.services.len());
@@ -168,19 +184,18 @@ impl FamilyState {
             self.owed = keys;
             return Err(error);
         }
-        self.gone.clear();
+        let mut touched = Touched::default();
         for (key, wanted) in &pass.wanted {
             if self.left_out.contains_key(key) {
                 continue;
             }
-            let gone = wanted.old.chains().filter(|(chain, _)| wanted.new.chain(chain).is_none());
-            self.gone.extend(gone.map(|(chain, _)| *chain));
+            touched.add(wanted);
             match plan.services.get(key) {
                 Some(service) => drop(self.in_force.insert(key.clone(), Arc::clone(service))),
                 None => drop(self.in_force.remove(key)),
             }
         }
-        self.touched = Some(keys);
+        self.touched = Some(Touched { services: keys, ..touched });
         Ok(pass.objects)
     }
 

@@ -104,6 +104,12 @@ pub(crate) fn jumps() -> Vec<Jumps> {
     ]
 }
 
+/// The chains that are the same whatever Services there are, and those that lead to ours.
+pub(crate) fn chains(terms: &Terms) -> Vec<(Table, &'static str)> {
+    let fixed = bodies(terms).into_iter().map(|(table, chain, _)| (table, chain));
+    fixed.chain(jumps().into_iter().map(|jumps| (jumps.table, jumps.chain))).collect()
+}
+
 /// True for a rule of a built-in chain that leads into a fixed chain of ours.
 pub(crate) fn is_our_jump(table: Table, rule: &str) -> bool {
     rule.rsplit_once("-j ").is_some_and(|(_, target)| names::is_fixed_chain(table, target.trim_end()))

@@ -43,6 +43,7 @@ mod fixed;
 mod input;
 mod names;
 mod observe;
+mod read_back;
 mod render;
 #[cfg(test)]
 mod tests;

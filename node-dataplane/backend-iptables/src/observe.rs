@@ -45,6 +45,35 @@ impl<'a> Snapshot<'a> {
         snapshot
     }
 
+    /// Reads what `-S` prints of some chains, filter before nat; `None` where it is anything else than
+    /// these chains, each once and in this order.
+    pub(crate) fn of_list(text: &'a str, chains: &[(Table, &str)]) -> Option<Self> {
+        let mut snapshot = Self::default();
+        let mut asked =
+            Table::ALL.into_iter().flat_map(|table| chains.iter().filter(move |it| it.0 == table));
+        // The chain that is being read: table, name, where its rules began.
+        let mut run: Option<(Table, &'a str, usize)> = None;
+        let mut offset = 0;
+        for line in text.split_inclusive('\n') {
+            offset += line.len();
+            let (verb, rest) = line.split_once(' ')?;
+            let name = rest.split([' ', '\n']).next()?;
+            match (verb, run) {
+                ("-N" | "-P", _) => {
+                    let (table, expected) = *asked.next()?;
+                    let first = snapshot.of_mut(table).insert(name, "").is_none();
+                    run = (first && name == expected).then_some((table, name, offset));
+                    run?;
+                }
+                ("-A", Some((table, of, begin))) if name == of => {
+                    snapshot.of_mut(table).insert(of, &text[begin..offset]);
+                }
+                _ => return None,
+            }
+        }
+        asked.next().is_none().then_some(snapshot)
+    }
+
     fn of_mut(&mut self, table: Table) -> &mut FxHashMap<&'a str, &'a str> {
         match table {
             Table::Filter => &mut self.filter,
@@ -176,6 +205,27 @@ mod tests {
         assert_eq!(snapshot.body(Table::Nat, "X"), None, "another table's chain");
         assert!(snapshot.chains(Table::Filter).is_empty());
         assert_eq!(snapshot.rules(Table::Nat, "A"), ["-j B", "-p tcp -j RETURN"]);
+    }
+
+    #[test]
+    fn a_list_counts_only_where_it_is_what_was_asked_for() {
+        let asked = [(Table::Nat, "A"), (Table::Filter, "FORWARD"), (Table::Nat, "B")];
+        let listed = "-P FORWARD ACCEPT\n-A FORWARD -j C\n-N A\n-N B\n-A B -j A\n-A B -j RETURN\n";
+        let snapshot = Snapshot::of_list(listed, &asked).unwrap();
+        assert_eq!(snapshot.body(Table::Filter, "FORWARD"), Some("-A FORWARD -j C\n"));
+        assert_eq!(snapshot.body(Table::Nat, "A"), Some(""));
+        assert_eq!(snapshot.body(Table::Nat, "B"), Some("-A B -j A\n-A B -j RETURN\n"));
+        for other in [
+            "",
+            "-P FORWARD ACCEPT\n-A FORWARD -j C\n-N A\n",
+            "-P FORWARD ACCEPT\n-N B\n-N A\n",
+            "-P FORWARD ACCEPT\n-N A\n-A B -j A\n-N B\n",
+            "-P FORWARD ACCEPT\n# Warning\n-N A\n-N B\n",
+            "-P FORWARD ACCEPT\n-N A\n-N B\n-N C\n",
+            "Chain FORWARD (policy ACCEPT)\n",
+        ] {
+            assert!(Snapshot::of_list(other, &asked).is_none(), "{other}");
+        }
     }
 
     #[test]

@@ -7,6 +7,9 @@ use std::time::Duration;
 use lockstep_kernel::exec::{ExecError, Output, Run};
 use lockstep_model::Family;
 
+use crate::fixed::line;
+use crate::names::Table;
+
 /// Which of the two kernel interfaces iptables speaks to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Flavour {
@@ -103,9 +106,22 @@ impl Tool {
     /// All tables, as text. Never makes a table.
     pub(crate) fn save(&self) -> Result<String, ToolError> {
         let output = self.call("save", &[], b"")?;
-        // Somebody else's comment may be anything; all else is ASCII and need not be copied.
-        Ok(String::from_utf8(output.stdout)
-            .unwrap_or_else(|other| String::from_utf8_lossy(other.as_bytes()).into_owned()))
+        Ok(text(output.stdout))
+    }
+
+    /// What `-S` prints of some chains, all of filter before all of nat. Writes nothing; the nft
+    /// flavour reads no other chain. Refused where one is missing.
+    pub(crate) fn list(&self, chains: &[(Table, &str)]) -> Result<String, ToolError> {
+        let mut input = String::new();
+        for table in Table::ALL {
+            line(&mut input, &["*", table.name()]);
+            for (_, chain) in chains.iter().filter(|(of, _)| *of == table) {
+                line(&mut input, &["-S ", chain]);
+            }
+            line(&mut input, &["COMMIT"]);
+        }
+        let output = self.call("restore", &["--noflush", "-w", LOCK_WAIT_SECONDS], input.as_bytes())?;
+        Ok(text(output.stdout))
     }
 
     /// `iptables-restore v1.8.9 (legacy)` -> `1.8.9`.
@@ -129,6 +145,11 @@ impl Tool {
         let line = refused_line(&complaint);
         Err(ToolError::Refused { program, complaint, line })
     }
+}
+
+/// Somebody else's comment may be anything; all else is ASCII and need not be copied.
+fn text(printed: Vec<u8>) -> String {
+    String::from_utf8(printed).unwrap_or_else(|other| String::from_utf8_lossy(other.as_bytes()).into_owned())
 }
 
 /// The number in `line 12 failed`, `Error occurred at line: 12` and the like.

@@ -10,6 +10,8 @@ use lockstep_kernel::netlink::attr::Attributes;
 use lockstep_kernel::nf_tables::{self, Kernel, Netfilter};
 use lockstep_kernel::xtables;
 
+use lockstep_model::Family;
+
 use crate::fixed;
 use crate::names::Table;
 use crate::tool::Flavour;
@@ -81,6 +83,18 @@ impl Watch {
                 Some(Marks::Tables(tables.collect()))
             }
         }
+    }
+
+    /// True where the kernel says that nat has none of these chains. Only the nft flavour's can be
+    /// asked for single chains.
+    pub(crate) fn lacks<'n>(&mut self, family: Family, mut chains: impl Iterator<Item = &'n str>) -> bool {
+        let Some(netfilter) = &mut self.netfilter else { return false };
+        let family = match family {
+            Family::V4 => nf_tables::Family::Ipv4,
+            Family::V6 => nf_tables::Family::Ipv6,
+        };
+        let table = Table::Nat.name();
+        chains.all(|chain| nf_tables::chain_exists(netfilter, family, table, chain).is_ok_and(|there| !there))
     }
 
     /// What the messages since the last call concern, and how many transactions they are of.
