@@ -152,13 +152,17 @@ fn text(printed: Vec<u8>) -> String {
     String::from_utf8(printed).unwrap_or_else(|other| String::from_utf8_lossy(other.as_bytes()).into_owned())
 }
 
-/// The number in `line 12 failed`, `Error occurred at line: 12` and the like.
+/// The number in `line 12 failed`, `Error occurred at line: 12` and the like, as a word of its own:
+/// the hash in the name of a chain may spell it too.
 fn refused_line(complaint: &str) -> Option<usize> {
-    let lower = complaint.to_lowercase();
-    let after = &lower[lower.rfind("line")? + "line".len()..];
-    let digits: String =
-        after.trim_start_matches([':', ' ']).chars().take_while(char::is_ascii_digit).collect();
-    digits.parse().ok()
+    let mut words = complaint.split([' ', ':', '\n']).filter(|word| !word.is_empty()).peekable();
+    let mut found = None;
+    while let Some(word) = words.next() {
+        if word == "line" {
+            found = words.peek().and_then(|number| number.parse().ok()).or(found);
+        }
+    }
+    found
 }
 
 #[cfg(test)]
@@ -175,6 +179,10 @@ mod tests {
             ),
             (
                 "iptables-nft-restore: \nline 3: CHAIN_USER_DEL failed (Device or resource busy): chain X",
+                Some(3),
+            ),
+            (
+                "iptables-nft-restore: \nline 3: CHAIN_USER_DEL failed (Device or resource busy): chain KUBE-SVC-AALINE27AALINE45",
                 Some(3),
             ),
             ("out of luck", None),
