@@ -98,7 +98,6 @@ impl Iptables {
         &self,
         doing: &str,
         plan: &ForwardingPlan,
-        changed: Option<&[ServiceKey]>,
         results: Vec<(Family, Result<usize, ToolError>)>,
     ) -> Result<Applied, BackendError> {
         let mut failures: BTreeMap<ServiceKey, ServiceFailure> = BTreeMap::new();
@@ -119,21 +118,17 @@ impl Iptables {
             if objects_changed == 0 {
                 return Err(BackendError { doing, source: Box::new(error) });
             }
-            // The other family is written: no Service of this one is as planned.
-            let state = self.families.iter().find(|state| state.tool.family == family);
-            let all: Vec<&ServiceKey> = match changed {
-                Some(keys) => keys.iter().collect(),
-                None => plan.services.keys().collect(),
+            // The other family is written.
+            let Some(state) = self.families.iter().find(|state| state.tool.family == family) else {
+                continue;
             };
-            for key in all {
-                if state.is_some_and(|state| state.concerned(plan, key)) {
-                    failures.entry(key.clone()).or_insert_with(|| ServiceFailure {
-                        service: key.clone(),
-                        kind: FailureKind::Kernel,
-                        message: format!("{doing}: {error}"),
-                        previous_in_force: state.is_some_and(|state| state.in_force.contains_key(key)),
-                    });
-                }
+            for key in state.behind(plan) {
+                failures.entry(key.clone()).or_insert_with(|| ServiceFailure {
+                    service: key.clone(),
+                    kind: FailureKind::Kernel,
+                    message: format!("{doing}: {error}"),
+                    previous_in_force: state.in_force.contains_key(key),
+                });
             }
         }
         Ok(Applied { objects_changed, failures: failures.into_values().collect() })
@@ -160,7 +155,7 @@ impl Backend for Iptables {
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {
         let results = self.each(|state| state.sync(plan));
         self.watch.settle();
-        self.applied("sync", plan, None, results)
+        self.applied("sync", plan, results)
     }
 
     fn apply(&mut self, plan: &ForwardingPlan, changed: &[ServiceKey]) -> Result<Applied, BackendError> {
@@ -170,7 +165,7 @@ impl Backend for Iptables {
         if foreign {
             self.watch.suspect();
         }
-        self.applied("apply", plan, Some(changed), results)
+        self.applied("apply", plan, results)
     }
 
     fn verify(&mut self) -> Result<Vec<Drift>, BackendError> {

@@ -175,7 +175,11 @@ impl FamilyState {
                 Some(Ok(new)) => new,
                 None => ServiceRules::default(),
             };
-            self.left_out.remove(key);
+            let left = self.left_out.remove(key);
+            if left.is_some_and(|left| left.previous_in_force) && !self.in_force.contains_key(key) {
+                // An earlier process wrote what is there of it: only the kernel knows what that is.
+                return self.sync(plan);
+            }
             wanted.insert(key.clone(), Wanted { new, old: self.rules_in_force(key) });
         }
         let mut pass = Pass { wanted, terms, full: false, objects: 0 };
@@ -342,11 +346,19 @@ impl FamilyState {
         changes
     }
 
-    /// Names services that changed and could not be written, because the family's tool failed.
-    pub(crate) fn concerned(&self, plan: &ForwardingPlan, key: &ServiceKey) -> bool {
+    /// Services that are not as planned because the family's tool failed: those that wait for
+    /// the next write, and all of the family where not even the whole could be compared.
+    pub(crate) fn behind<'p>(&'p self, plan: &'p ForwardingPlan) -> Vec<&'p ServiceKey> {
         let family = self.tool.family;
-        self.in_force.contains_key(key)
-            || plan.services.get(key).is_some_and(|plan| plan.ports.iter().any(|port| port.family == family))
+        let planned = |key| {
+            plan.services.get(key).is_some_and(|plan| plan.ports.iter().any(|port| port.family == family))
+        };
+        match self.terms {
+            Some(_) => {
+                self.owed.iter().filter(|key| self.in_force.contains_key(*key) || planned(*key)).collect()
+            }
+            None => plan.services.keys().filter(|key| planned(*key)).collect(),
+        }
     }
 }
 

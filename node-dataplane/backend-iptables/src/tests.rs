@@ -297,6 +297,67 @@ fn a_held_lock_changes_nothing_and_loses_nothing() {
 }
 
 #[test]
+fn what_one_family_owes_is_said_until_it_is_written() {
+    let fake = Arc::new(Fake::default());
+    let mut backend = backend(&fake);
+    let mut dice = fastrand::Rng::with_seed(1);
+    let mut change = |plan: &mut ForwardingPlan, index| {
+        let service = random_service(&mut dice, index);
+        let key = service.key.clone();
+        plan.services.insert(key.clone(), Arc::new(service));
+        [key]
+    };
+    let mut plan = plan([]);
+    backend.sync(&plan).unwrap();
+    fake.lock_v6(true);
+    let services = |applied: lockstep_view::backend::Applied| -> Vec<String> {
+        applied.failures.iter().map(|failure| failure.service.name.to_string()).collect()
+    };
+    for (index, owed) in [(1, vec!["s1"]), (2, vec!["s1", "s2"])] {
+        let changed = change(&mut plan, index);
+        assert_eq!(services(backend.apply(&plan, &changed).unwrap()), owed);
+    }
+    // A comparison with everything that failed leaves nothing of the family known.
+    change(&mut plan, 3);
+    assert_eq!(services(backend.sync(&plan).unwrap()), ["s1", "s2", "s3"]);
+    let changed = change(&mut plan, 4);
+    assert_eq!(services(backend.apply(&plan, &changed).unwrap()), ["s1", "s2", "s3", "s4"]);
+    fake.lock_v6(false);
+    let changed = change(&mut plan, 4);
+    assert_eq!(services(backend.apply(&plan, &changed).unwrap()), Vec::<String>::new());
+    assert_eq!(backend.verify().unwrap(), []);
+}
+
+#[test]
+fn what_an_earlier_process_left_of_a_refused_service_goes_with_it() {
+    let fake = Arc::new(Fake::default());
+    let mut plan = plan((1..=2).map(simple));
+    backend(&fake).sync(&plan).unwrap();
+    let key = ServiceKey::new("default", "s2");
+    let mut worse = simple(2);
+    worse.ports[0].cluster = vec![target("10.244.0.99")];
+    plan.services.insert(key.clone(), Arc::new(worse));
+    for deleted in [false, true] {
+        fake.refuse(Some("10.244.0.99"));
+        let mut next = backend(&fake);
+        let failures = next.sync(&plan).unwrap().failures;
+        assert!(failures.len() == 1 && failures[0].previous_in_force, "{failures:?}");
+        fake.refuse(None);
+        let mut plan = plan.clone();
+        plan.services.remove(&key);
+        if !deleted {
+            let mut better = simple(3);
+            better.key = key.clone();
+            plan.services.insert(key.clone(), Arc::new(better));
+        }
+        assert_eq!(next.apply(&plan, std::slice::from_ref(&key)).unwrap().failures, []);
+        let fresh = Arc::new(Fake::default());
+        backend(&fresh).sync(&plan).unwrap();
+        assert_eq!(fake.rules(), fresh.rules(), "deleted: {deleted}");
+    }
+}
+
+#[test]
 fn a_name_that_would_break_out_of_its_comment_is_left_out() {
     let fake = Arc::new(Fake::default());
     let mut backend = backend(&fake);
