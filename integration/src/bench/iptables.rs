@@ -19,6 +19,8 @@ pub struct Measured {
     pub full: Vec<Share>,
     /// One endpoint replaced.
     pub change: Vec<Share>,
+    /// What was written for it read back.
+    pub verify: Vec<Duration>,
 }
 
 /// A time and whose it was.
@@ -127,6 +129,10 @@ fn program(services: u32, flavour: Flavour, changes: usize, measured: &mut Measu
                 ensure!(applied.failures.is_empty() && applied.objects_changed > 0, "{applied:?}");
                 Ok(())
             })?);
+            let start = Instant::now();
+            let drift = backend.verify().context("verify")?;
+            ensure!(drift.is_empty(), "{drift:?}");
+            measured.verify.push(start.elapsed());
         }
         Ok(())
     })?

@@ -102,18 +102,16 @@ fn burst(report: &mut Report, burst: &Times, size: &str, alone: Duration) {
 }
 
 fn in_iptables_mode(report: &mut Report) -> Result<()> {
-    // The tool of the nft flavour takes too long over more than this to wait for.
-    let sizes: [(Flavour, &[u32]); 2] =
-        [(Flavour::Legacy, &[100, 1_000, 5_000]), (Flavour::Nft, &[100, 1_000])];
-    for (flavour, sizes) in sizes {
-        let mut inputs = Vec::new();
-        for &services in sizes {
+    for flavour in [Flavour::Legacy, Flavour::Nft] {
+        let (mut inputs, mut verifies) = (Vec::new(), Vec::new());
+        for services in [100, 1_000, 5_000] {
             let loads = if services > 1_000 { 1 } else { 5 };
             let measured = iptables::measure(services, flavour, loads, 5)
                 .with_context(|| format!("iptables {flavour}, {services} services"))?;
             let full = iptables::median(measured.full);
             let change = iptables::median(measured.change);
             inputs.push(change.bytes);
+            verifies.push(median(&measured.verify));
             for (work, share) in [("full programming", full), ("one endpoint replaced", change)] {
                 let detail = format!(" ({} of {})", text(share.own), text(share.total));
                 let work = format!("iptables-{flavour}: {work}, {services} x 10, our own share");
@@ -124,6 +122,12 @@ fn in_iptables_mode(report: &mut Report) -> Result<()> {
             let growth = f64::from(u32::try_from(large)?) / f64::from(u32::try_from(small)?);
             let work = format!("iptables-{flavour}: input for one endpoint, largest against 100 services");
             report.at_most(work, growth, 1.5, "x", &format!(" ({large} : {small} bytes)"));
+        }
+        // The kernel of the legacy flavour hands out whole tables only.
+        if let (Flavour::Nft, [small, .., large]) = (flavour, &verifies[..]) {
+            let work = "iptables-nft: one endpoint read back, largest against 100 services";
+            let detail = format!(" ({} : {})", text(*large), text(*small));
+            report.at_most(work, ratio(*large, *small), 3.0, "x", &detail);
         }
     }
     Ok(())
