@@ -3,7 +3,9 @@
 //! ```text
 //! ServicePlan ──render──> ServiceRules ──diff (memory, or iptables-save)──> Change
 //!                                                    │
-//!            iptables-restore --noflush <──input─────┘      iptables-save ──check──> Drift
+//!            iptables-restore --noflush <──input─────┘
+//!
+//! iptables-save, or in the nft flavour -S of the touched chains ──check──> Drift
 //! ```
 //!
 //! Rules are rendered in the very form in which `iptables-save` prints them, so comparing

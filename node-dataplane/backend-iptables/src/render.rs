@@ -437,6 +437,7 @@ impl<'a> PortRender<'a> {
         // By text, as kube-proxy sorts them.
         ends.sort_unstable_by(|a, b| a.socket.cmp(&b.socket));
         // Room for the four lines of an endpoint without options: growing would copy the text over and over.
+        rules.chains.reserve(ends.len() + 1);
         rules.text.reserve(ends.len() * (4 * self.text.len() + 400));
         for end in &ends {
             rules.add(end.chain, |body| self.endpoint(end, body));

@@ -2,9 +2,10 @@
 //!
 //! nft: the generation counter, which every transaction of anybody raises, and then the
 //! kernel's messages about it: only what touches chains of ours, or built-in chains that we hook
-//! into, counts. Where messages were lost everything counts. legacy: size and
-//! number of entries of each table, which a flush and nearly every edit changes; an edit
-//! that keeps both is found by the audit.
+//! into, counts. Where messages were lost everything counts. legacy: size and number of entries of
+//! each table and the extent of its built-in chains, which a flush and nearly every edit changes. The
+//! kernel counts no changes there and sends no messages. An edit within other chains that keeps size
+//! and number is found by the audit.
 
 use lockstep_kernel::netlink::attr::Attributes;
 use lockstep_kernel::nf_tables::{self, Kernel, Netfilter};

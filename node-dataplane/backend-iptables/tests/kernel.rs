@@ -424,6 +424,22 @@ fn drift_is_found_and_mended() {
     });
 }
 
+/// Neither the size of the table nor the number of its entries tells of it.
+#[test]
+fn a_jump_that_is_moved_to_another_built_in_chain_disturbs() {
+    everywhere(|flavour| {
+        let (mut backend, _) = open(flavour);
+        backend.sync(&three()).unwrap();
+        assert!(!backend.disturbed().unwrap());
+        sh(&format!(
+            "rule=$(iptables-{flavour} -S OUTPUT | grep -m1 KUBE-SERVICES | sed 's/^-A OUTPUT //')
+            printf '*filter\n-D OUTPUT %s\n-A INPUT %s\nCOMMIT\n' \"$rule\" \"$rule\" |
+                iptables-{flavour}-restore --noflush"
+        ));
+        assert!(backend.disturbed().unwrap(), "{flavour}");
+    });
+}
+
 #[test]
 fn input_is_as_large_as_the_change() {
     everywhere(|flavour| {

@@ -4,22 +4,29 @@ use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-/// How much a table holds.
+/// How much a table holds, and where its built-in chains are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// Rules, with the kernel's own ends of chains.
     pub entries: u32,
     /// Bytes in the kernel's form.
     pub bytes: u32,
+    /// Where each built-in chain begins, in bytes.
+    pub begins: [u32; HOOKS],
+    /// Where the policy of each built-in chain is, which is its end.
+    pub ends: [u32; HOOKS],
 }
+
+/// `NF_INET_NUMHOOKS`.
+const HOOKS: usize = 5;
 
 /// `struct ipt_getinfo`; the IPv6 one is laid out alike.
 #[repr(C)]
 struct GetInfo {
     name: [u8; 32],
     valid_hooks: u32,
-    hook_entry: [u32; 5],
-    underflow: [u32; 5],
+    hook_entry: [u32; HOOKS],
+    underflow: [u32; HOOKS],
     entries: u32,
     size: u32,
 }
@@ -53,7 +60,8 @@ pub fn extent(v6: bool, table: &str) -> io::Result<Option<Extent>> {
         libc::getsockopt(socket.as_raw_fd(), level, GET_INFO, (&raw mut info).cast(), &raw mut size)
     };
     if result == 0 {
-        return Ok(Some(Extent { entries: info.entries, bytes: info.size }));
+        let GetInfo { entries, size: bytes, hook_entry: begins, underflow: ends, .. } = info;
+        return Ok(Some(Extent { entries, bytes, begins, ends }));
     }
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
