@@ -161,8 +161,8 @@ impl Backend for Iptables {
     fn apply(&mut self, plan: &ForwardingPlan, changed: &[ServiceKey]) -> Result<Applied, BackendError> {
         let foreign = self.watch.look();
         let results = self.each(|state| state.apply(plan, changed));
-        self.watch.settle();
-        if foreign {
+        let commits = self.families.iter().map(|state| state.commits).sum();
+        if self.watch.settle_beside(commits) || foreign {
             self.watch.suspect();
         }
         self.applied("apply", plan, results)

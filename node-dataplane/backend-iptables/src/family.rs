@@ -64,6 +64,8 @@ pub(crate) struct FamilyState {
     pub(crate) left_out: BTreeMap<ServiceKey, LeftOut>,
     /// Services whose write failed for a reason that is not theirs: written with the next.
     owed: BTreeSet<ServiceKey>,
+    /// Transactions of the last `apply`, as far as they succeeded.
+    pub(crate) commits: u32,
     /// What the last write touched; `None` = everything.
     pub(crate) touched: Option<Touched>,
 }
@@ -79,6 +81,7 @@ impl FamilyState {
             in_force: FxHashMap::default(),
             left_out: BTreeMap::new(),
             owed: BTreeSet::new(),
+            commits: 0,
             touched: Some(Touched::default()),
         }
     }
@@ -159,6 +162,7 @@ impl FamilyState {
         plan: &ForwardingPlan,
         changed: &[ServiceKey],
     ) -> Result<usize, ToolError> {
+        self.commits = 0;
         let Some(terms) = self.terms.clone().filter(|terms| *terms == self.terms(&plan.node)) else {
             return self.sync(plan);
         };
@@ -224,7 +228,10 @@ impl FamilyState {
         let input = Input::new(self.tool.flavour, self.in_force.len(), &changes);
         drop(changes);
         match self.tool.restore(&input.text) {
-            Ok(()) => pass.objects += input.objects,
+            Ok(()) => {
+                self.commits += input.commits;
+                pass.objects += input.objects;
+            }
             Err(error) if error.concerns_rules() => {
                 tracing::warn!(%error, "restore refused: looking for the Service");
                 self.settle(pass, owners)?;
@@ -278,6 +285,7 @@ impl FamilyState {
             }
             let error = match self.tool.restore(&input.text) {
                 Ok(()) => {
+                    self.commits += input.commits;
                     pass.objects += input.objects;
                     return Ok(());
                 }

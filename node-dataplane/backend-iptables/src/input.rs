@@ -68,6 +68,8 @@ pub(crate) struct Input {
     pub(crate) text: String,
     /// Rules and chains written or deleted.
     pub(crate) objects: usize,
+    /// Transactions that it is made of.
+    pub(crate) commits: u32,
     lines: usize,
     /// First line -> the change it is of, ascending; `None` = nobody's in particular.
     owners: Vec<(usize, Option<usize>)>,
@@ -190,6 +192,7 @@ impl Input {
             }
         }
         self.push(None, &["COMMIT"]);
+        self.commits += 1;
     }
 
     fn insert(&mut self, change: usize, append: bool, chain: &str, rules: &[String]) {

@@ -42,6 +42,15 @@ impl Watch {
         self.last = now;
     }
 
+    /// The same after so many transactions of our own; true where somebody else changed what concerns
+    /// us among them. Only the nft flavour can tell, and only while no message is lost.
+    pub(crate) fn settle_beside(&mut self, commits: u32) -> bool {
+        let now = self.marks();
+        let heard = self.heard();
+        self.last = now;
+        heard.by_others && heard.transactions > commits
+    }
+
     /// Makes the next look say yes.
     pub(crate) fn suspect(&mut self) {
         self.suspected = true;
@@ -54,8 +63,8 @@ impl Watch {
         let changed = match (&last, &now) {
             (_, None) => true,
             (Some(Marks::Generation(last)), Some(Marks::Generation(now))) if last != now => {
-                let (heard, transactions) = self.heard();
-                heard != Heard::Nothing || transactions != now.wrapping_sub(*last)
+                let heard = self.heard();
+                !heard.complete || heard.concerning || heard.transactions != now.wrapping_sub(*last)
             }
             (last, now) => last != now,
         };
@@ -98,28 +107,46 @@ impl Watch {
         chains.all(|chain| nf_tables::chain_exists(netfilter, family, table, chain).is_ok_and(|there| !there))
     }
 
-    /// What the messages since the last call concern, and how many transactions they are of.
-    fn heard(&mut self) -> (Heard, u32) {
-        let Some(netfilter) = &mut self.netfilter else { return (Heard::Nothing, 0) };
-        let (mut ours, mut transactions) = (false, 0);
+    /// What the messages since the last call are about.
+    fn heard(&mut self) -> Heard {
+        let mut heard = Heard { complete: true, ..Heard::default() };
+        let Some(netfilter) = &mut self.netfilter else { return heard };
+        // A transaction's end comes behind what it changed.
+        let mut concerning = false;
         let complete = netfilter.heard(&mut |message| {
             if message.kind & 0xff == NEW_GENERATION {
-                transactions += 1;
+                heard.transactions += 1;
+                heard.concerning |= concerning;
+                heard.by_others |= concerning && !is_our_tool(message.payload);
+                concerning = false;
             } else {
-                ours |= concerns_us(message.kind & 0xff, message.payload);
+                concerning |= concerns_us(message.kind & 0xff, message.payload);
             }
         });
-        match complete {
-            Ok(true) if !ours => (Heard::Nothing, transactions),
-            _ => (Heard::Ours, transactions),
-        }
+        heard.complete = complete.unwrap_or(false);
+        heard.concerning |= concerning;
+        heard
     }
 }
 
-#[derive(PartialEq, Eq)]
-enum Heard {
-    Nothing,
-    Ours,
+#[derive(Default)]
+struct Heard {
+    /// No message was lost.
+    complete: bool,
+    transactions: u32,
+    /// Something concerns us.
+    concerning: bool,
+    /// Something that concerns us was done by a program that is not our tool.
+    by_others: bool,
+}
+
+/// The names of our tools as the kernel cuts them.
+const OUR_TOOLS: [&str; 2] = ["iptables-nft-re", "ip6tables-nft-r"];
+
+/// True where the program that made a transaction has the name of our tool.
+fn is_our_tool(payload: &[u8]) -> bool {
+    let attributes = Attributes::of(payload.get(4..).unwrap_or_default());
+    attributes.get(3).is_some_and(|name| OUR_TOOLS.contains(&name.text()))
 }
 
 /// `NFT_MSG_*` of the end of a transaction, and of chains and rules that come and go.

@@ -23,6 +23,8 @@ use lockstep_view::{
 struct Recorder {
     inputs: Mutex<Vec<String>>,
     saves: AtomicUsize,
+    /// A command that somebody else gives right after the next restore.
+    beside: Mutex<Option<String>>,
 }
 
 impl Run for Recorder {
@@ -37,7 +39,13 @@ impl Run for Recorder {
             self.inputs.lock().unwrap().push(String::from_utf8(stdin.to_vec()).unwrap());
         }
         self.saves.fetch_add(usize::from(program.ends_with("-save")), Ordering::Relaxed);
-        Processes.run(program, arguments, stdin, limit)
+        let output = Processes.run(program, arguments, stdin, limit);
+        if !stdin.is_empty()
+            && let Some(command) = self.beside.lock().unwrap().take()
+        {
+            sh(&command);
+        }
+        output
     }
 }
 
@@ -422,6 +430,27 @@ fn drift_is_found_and_mended() {
         }
         assert_eq!(saved(flavour), whole);
     });
+}
+
+#[test]
+fn what_others_do_while_we_write_is_not_taken_for_ours() {
+    netns::run_in_new(|| {
+        let (mut backend, recorder) = open(Flavour::Nft);
+        let mut plan = three();
+        backend.sync(&plan).unwrap();
+        for (endpoints, command, disturbs) in [
+            (4, "true", false),
+            (3, "iptables-nft -t nat -N CNI-MINE", false),
+            (4, "iptables-nft -t nat -F KUBE-SVC-WWRFY3PZ7W3FGMQW", true),
+        ] {
+            let changed = set(&mut plan, service("a", 1, endpoints));
+            *recorder.beside.lock().unwrap() = Some(command.to_owned());
+            backend.apply(&plan, &changed).unwrap();
+            assert_eq!(backend.verify().unwrap(), [], "{command}: not what was touched");
+            assert_eq!(backend.disturbed().unwrap(), disturbs, "{command}");
+        }
+    })
+    .expect("these tests make network namespaces and need root");
 }
 
 /// Neither the size of the table nor the number of its entries tells of it.
