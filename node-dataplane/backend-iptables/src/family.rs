@@ -172,7 +172,8 @@ impl FamilyState {
         for key in &keys {
             let new = match plan.services.get(key).map(|service| self.wanted(service, &terms)) {
                 Some(Err((kind, message))) => {
-                    let previous = self.in_force.contains_key(key);
+                    let left = self.left_out.get(key).is_some_and(|left| left.previous_in_force);
+                    let previous = left || self.in_force.contains_key(key);
                     self.leave_out(key, kind, message, previous);
                     continue;
                 }

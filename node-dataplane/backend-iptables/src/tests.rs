@@ -358,6 +358,26 @@ fn what_an_earlier_process_left_of_a_refused_service_goes_with_it() {
 }
 
 #[test]
+fn rules_of_an_earlier_process_are_in_force_however_often_it_is_tried() {
+    let fake = Arc::new(Fake::default());
+    let mut plan = plan([simple(1)]);
+    backend(&fake).sync(&plan).unwrap();
+    let whole = fake.rules();
+    let mut odd = simple(1);
+    odd.ports[0].cluster = vec![target("fd00::1")];
+    let key = odd.key.clone();
+    plan.services.insert(key.clone(), Arc::new(odd));
+    let mut next = backend(&fake);
+    assert!(next.sync(&plan).unwrap().failures[0].previous_in_force);
+    assert!(next.apply(&plan, std::slice::from_ref(&key)).unwrap().failures[0].previous_in_force);
+    assert_eq!(fake.rules(), whole);
+    assert_eq!(next.verify().unwrap(), []);
+    plan.services.remove(&key);
+    assert_eq!(next.apply(&plan, &[key]).unwrap().failures, []);
+    assert!(!fake.rules().contains("default/s1"));
+}
+
+#[test]
 fn a_name_that_would_break_out_of_its_comment_is_left_out() {
     let fake = Arc::new(Fake::default());
     let mut backend = backend(&fake);
