@@ -16,8 +16,12 @@ const FILES: [&str; 3] =
     ["lockstep/v1/model.proto", "lockstep/v1/sync_service.proto", "lockstep/v1/status_service.proto"];
 
 /// The fields that the raw twin leaves undecoded: (message, field).
-const UNDECODED: [(&str, &str); 3] =
-    [("Resource", "service"), ("Resource", "endpoint_set"), ("EndpointPatch", "upserts")];
+const UNDECODED: [(&str, &str); 4] = [
+    ("Resource", "service"),
+    ("Resource", "endpoint_set"),
+    ("ResourceBatch", "patches"),
+    ("EndpointPatch", "upserts"),
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");

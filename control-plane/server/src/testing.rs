@@ -12,7 +12,7 @@ use lockstep_store::Changes;
 use lockstep_wire::batch::Unpacker;
 use lockstep_wire::raw::sync_service_client::SyncServiceClient;
 use lockstep_wire::v1::status_service_client::StatusServiceClient;
-use lockstep_wire::{convert, decode_patch, decode_resource, raw, v1};
+use lockstep_wire::{ReceivedPatch, convert, decode_resource, raw, v1};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -235,14 +235,14 @@ impl Node {
             self.state.remove(&convert::key_from_wire(removal).unwrap().0);
         }
         for patch in &batch.patches {
-            let key = convert::key_from_text(lockstep_model::Kind::EndpointSet, &patch.key).unwrap();
+            let patch = ReceivedPatch::read(patch).unwrap();
+            let key = convert::key_from_text(lockstep_model::Kind::EndpointSet, patch.key).unwrap();
             let (base, lockstep_model::Resource::EndpointSet(set)) = self.state.get(&key).unwrap() else {
                 panic!()
             };
-            assert_eq!(base.0[..], patch.base_version[..]);
-            let mut set = (*set).clone();
-            set.apply_patch(&decode_patch(patch, &mut interner).unwrap());
-            let resource = lockstep_model::Resource::from(set);
+            assert_eq!(base.0[..], *patch.base_version);
+            let patched = set.patched(patch.decode(&mut interner).unwrap());
+            let resource = lockstep_model::Resource::from(patched);
             self.state.upsert(resource.version(), resource);
         }
         if update.commit {

@@ -130,37 +130,27 @@ impl EndpointSet {
         Some(patch)
     }
 
-    /// The set with a patch made by [`patch_to`](Self::patch_to). Endpoints stay sorted,
-    /// whatever the order inside the patch.
+    /// The set with a patch made by [`patch_to`](Self::patch_to). Both lists of the patch are
+    /// sorted, and no address is in both.
     #[must_use]
-    pub fn patched(&self, patch: &EndpointPatch) -> EndpointSet {
-        let mut set = EndpointSet {
-            key: self.key.clone(),
-            family: self.family,
-            ports: self.ports.clone(),
-            endpoints: Vec::with_capacity(
-                self.endpoints.len() + patch.upserts.len().saturating_sub(patch.removed.len()),
-            ),
-        };
-        set.endpoints.extend_from_slice(&self.endpoints);
-        set.apply_patch(patch);
-        set
-    }
-
-    /// Applies a patch made by [`patch_to`](Self::patch_to). Endpoints stay sorted, whatever
-    /// the order inside the patch.
-    pub fn apply_patch(&mut self, patch: &EndpointPatch) {
-        for address in &patch.removed {
-            if let Ok(at) = self.endpoints.binary_search_by_key(address, |endpoint| endpoint.address) {
-                self.endpoints.remove(at);
+    pub fn patched(&self, patch: EndpointPatch) -> EndpointSet {
+        let EndpointPatch { upserts, removed } = patch;
+        let room = self.endpoints.len() + upserts.len();
+        let mut endpoints = Vec::with_capacity(room - removed.len().min(room));
+        let (mut upserts, mut removed) = (upserts.into_iter().peekable(), removed.iter().peekable());
+        for old in &self.endpoints {
+            while let Some(new) = upserts.next_if(|new| new.address < old.address) {
+                endpoints.push(new);
+            }
+            while removed.next_if(|gone| **gone < old.address).is_some() {}
+            if let Some(new) = upserts.next_if(|new| new.address == old.address) {
+                endpoints.push(new);
+            } else if removed.next_if(|gone| **gone == old.address).is_none() {
+                endpoints.push(old.clone());
             }
         }
-        for endpoint in &patch.upserts {
-            match self.endpoints.binary_search_by_key(&endpoint.address, |endpoint| endpoint.address) {
-                Ok(at) => self.endpoints[at] = endpoint.clone(),
-                Err(at) => self.endpoints.insert(at, endpoint.clone()),
-            }
-        }
+        endpoints.extend(upserts);
+        EndpointSet { key: self.key.clone(), family: self.family, ports: self.ports.clone(), endpoints }
     }
 }
 
@@ -258,9 +248,7 @@ mod tests {
         let patch = old.patch_to(&new).unwrap();
         assert_eq!(patch.removed, [endpoint("10.0.0.1").address]);
         assert_eq!(patch.upserts, [moved, endpoint("10.0.0.4")]);
-        let mut patched = old.clone();
-        patched.apply_patch(&patch);
-        assert_eq!(patched, new);
+        assert_eq!(old.patched(patch), new);
         let empty = EndpointPatch { upserts: Vec::new(), removed: Vec::new() };
         assert_eq!(new.patch_to(&new), Some(empty));
     }

@@ -1,5 +1,6 @@
-use std::collections::HashSet;
 use std::sync::Arc;
+
+use hashbrown::HashSet;
 
 /// Gives equal texts one allocation.
 ///

@@ -15,6 +15,7 @@ use lockstep_model::{
     Interner, InvalidField, Key, Kind, LoadBalancerIngress, Port, Protocol, Resource, Service, ServiceKey,
     ServicePort, ServiceType, TrafficDistribution, TrafficPolicy, Version, check_name,
 };
+use smallvec::SmallVec;
 
 use crate::raw;
 use crate::raw::resource::Body;
@@ -54,6 +55,22 @@ pub enum ResourceError {
     /// The body is not a resource.
     #[error(transparent)]
     Body(#[from] DecodeError),
+}
+
+/// An `EndpointPatch` as it was received: what it is about, and the endpoints as bytes.
+///
+/// Read without prost: in a large batch the allocations of a message per patch cost as much as
+/// all the rest of its decoding.
+#[derive(Debug)]
+pub struct ReceivedPatch<'a> {
+    /// `namespace/service/slice`, not checked.
+    pub key: &'a str,
+    /// What it starts from, of any length.
+    pub base_version: &'a [u8],
+    /// What it leads to, of any length.
+    pub version: &'a [u8],
+    upserts: SmallVec<[&'a [u8]; 2]>,
+    removed: SmallVec<[&'a str; 2]>,
 }
 
 /// How much of a value an error shows.
@@ -158,32 +175,56 @@ pub fn decode_endpoint_set(bytes: &[u8], interner: &mut Interner) -> Result<Endp
     Ok(EndpointSet { key, family: present("family", set_family)?, ports, endpoints })
 }
 
-/// Decodes the endpoints of a patch. Its key and versions are for the caller to judge, with what
-/// it holds.
-pub fn decode_patch(patch: &raw::EndpointPatch, interner: &mut Interner) -> Result<EndpointPatch> {
-    let mut upserts = Vec::<Endpoint>::with_capacity(patch.upserts.len());
-    for (index, bytes) in patch.upserts.iter().enumerate() {
-        let at = || format!("upserts[{index}]");
-        let endpoint = endpoint(bytes, interner).map_err(|error| error.inside(at()))?;
-        if upserts.last().is_some_and(|last| last.address >= endpoint.address) {
-            let field = format!("{}.address", at());
-            return Err(invalid(&field, endpoint.address, "is not in order, or twice"));
+impl<'a> ReceivedPatch<'a> {
+    /// Reads what a patch names; its endpoints wait for [`decode`](Self::decode).
+    pub fn read(bytes: &'a [u8]) -> Result<Self> {
+        let mut patch = Self {
+            key: "",
+            base_version: &[],
+            version: &[],
+            upserts: SmallVec::new(),
+            removed: SmallVec::new(),
+        };
+        let mut fields = Fields::in_any_order(bytes);
+        while let Some((number, value)) = fields.next()? {
+            match number {
+                1 => patch.key = value.text("key")?,
+                2 => patch.base_version = value.bytes("base_version")?,
+                3 => patch.version = value.bytes("version")?,
+                4 => patch.upserts.push(value.bytes("upserts")?),
+                5 => patch.removed.push(value.text("removed_addresses")?),
+                _ => {}
+            }
         }
-        upserts.push(endpoint);
+        Ok(patch)
     }
-    let mut removed = Vec::<IpAddr>::with_capacity(patch.removed_addresses.len());
-    for (index, text) in patch.removed_addresses.iter().enumerate() {
-        let field = || format!("removed_addresses[{index}]");
-        let gone = parse_address(text).map_err(|reason| invalid(&field(), text, reason))?;
-        if removed.last().is_some_and(|last| *last >= gone) {
-            return Err(invalid(&field(), text, "is not in order, or twice"));
+
+    /// Decodes the endpoints. Key and versions are for the caller to judge, with what it holds.
+    pub fn decode(&self, interner: &mut Interner) -> Result<EndpointPatch> {
+        let mut upserts = Vec::<Endpoint>::with_capacity(self.upserts.len());
+        for (index, bytes) in self.upserts.iter().enumerate() {
+            let at = || format!("upserts[{index}]");
+            let endpoint = endpoint(bytes, interner).map_err(|error| error.inside(at()))?;
+            if upserts.last().is_some_and(|last| last.address >= endpoint.address) {
+                let field = format!("{}.address", at());
+                return Err(invalid(&field, endpoint.address, "is not in order, or twice"));
+            }
+            upserts.push(endpoint);
         }
-        if upserts.binary_search_by_key(&gone, |endpoint| endpoint.address).is_ok() {
-            return Err(invalid(&field(), text, "is in upserts too"));
+        let mut removed = Vec::<IpAddr>::with_capacity(self.removed.len());
+        for (index, text) in self.removed.iter().enumerate() {
+            let field = || format!("removed_addresses[{index}]");
+            let gone = parse_address(text).map_err(|reason| invalid(&field(), text, reason))?;
+            if removed.last().is_some_and(|last| *last >= gone) {
+                return Err(invalid(&field(), text, "is not in order, or twice"));
+            }
+            if upserts.binary_search_by_key(&gone, |endpoint| endpoint.address).is_ok() {
+                return Err(invalid(&field(), text, "is in upserts too"));
+            }
+            removed.push(gone);
         }
-        removed.push(gone);
+        Ok(EndpointPatch { upserts, removed })
     }
-    Ok(EndpointPatch { upserts, removed })
 }
 
 /// Reads nothing but the key of a resource: to name one whose body is at fault. `None` where not

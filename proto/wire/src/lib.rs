@@ -25,7 +25,7 @@ pub mod frame;
 mod tests;
 
 pub use decode::{
-    DecodeError, ResourceError, decode_endpoint_set, decode_key, decode_patch, decode_resource,
+    DecodeError, ReceivedPatch, ResourceError, decode_endpoint_set, decode_key, decode_resource,
     decode_service,
 };
 

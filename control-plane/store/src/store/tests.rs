@@ -2,8 +2,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU16;
 
 use lockstep_model::{
-    Conditions, Endpoint, EndpointPort, EndpointSet, Family, Protocol, Service, ServicePort, ServiceType,
-    State, TrafficPolicy,
+    Conditions, Endpoint, EndpointPatch, EndpointPort, EndpointSet, Family, Protocol, Service, ServicePort,
+    ServiceType, State, TrafficPolicy,
 };
 use proptest::prelude::*;
 
@@ -87,9 +87,7 @@ fn replay(state: &mut State, delta: &Delta, source: &HashMap<Version, Resource>)
         let (base, old) = state.get(&Key::EndpointSet(patch.key.clone())).unwrap();
         assert_eq!(base, patch.base, "the patch of {} starts from what the client holds", patch.key);
         let Resource::EndpointSet(old) = old else { panic!("{} is an endpoint set", patch.key) };
-        let mut new = (*old).clone();
-        new.apply_patch(&patch.patch);
-        let new = Resource::from(new);
+        let new = Resource::from(old.patched(EndpointPatch::clone(&patch.patch)));
         assert_eq!(new.version(), patch.version);
         state.upsert(patch.version, new);
     }

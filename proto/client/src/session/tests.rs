@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use lockstep_model::{Key, Resource, ServiceKey, State, Version};
 use lockstep_wire::{raw, v1};
+use prost::Message;
 
 use super::{Session, Step};
 use crate::report::{Failure, FailureReason, InForce, MAX_FAILURES, MAX_MESSAGE_BYTES, Report, Stats};
@@ -262,13 +263,20 @@ fn one_unreadable_resource_is_isolated() {
     assert_eq!(refetched_keys(&step), ["shop/cart-0"]);
 }
 
+fn damage_patch(frame: &mut raw::SyncResponse, damage: impl FnOnce(&mut raw::EndpointPatch)) {
+    let bytes = &mut batch_of(frame).patches[0];
+    let mut patch = raw::EndpointPatch::decode(bytes.clone()).unwrap();
+    damage(&mut patch);
+    *bytes = patch.encode_to_vec().into();
+}
+
 #[test]
 fn a_fault_ends_when_the_resource_is_mended() {
     let mut server = Server::new(7, cluster(2));
     let mut session = following(&server);
     server.upsert(endpoints(0, &[4]));
     let mut frame = server.delta(1, 2, true).remove(0);
-    batch_of(&mut frame).patches[0].base_version = vec![0; 16].into();
+    damage_patch(&mut frame, |patch| patch.base_version = vec![0; 16].into());
     let step = session.receive(frame, at(0));
     assert_eq!(refetched_keys(&step), ["shop/cart-0/cart-0-x1"]);
     assert_eq!((session.faults(), session.position()), (1, Some(server.position(2))));
@@ -287,7 +295,7 @@ fn a_patch_with_another_result_is_fetched_again() {
     let mut session = following(&server);
     server.upsert(endpoints(0, &[1, 2, 4]));
     let mut frame = server.delta(1, 2, true).remove(0);
-    batch_of(&mut frame).patches[0].removed_addresses.clear();
+    damage_patch(&mut frame, |patch| patch.removed_addresses.clear());
     let step = session.receive(frame, at(0));
     assert_eq!(refetched_keys(&step), ["shop/cart-0/cart-0-x1"]);
     assert_eq!(session.state().digest(), server.history[1].digest());

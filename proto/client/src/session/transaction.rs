@@ -8,7 +8,7 @@ use lockstep_model::{
     Digest, EndpointSet, Feature, Interner, Key, Kind, Put, Resource, ServiceKey, State, Version, canonical,
 };
 use lockstep_wire::{
-    DecodeError, batch, decode_endpoint_set, decode_key, decode_patch, decode_service, raw, v1,
+    DecodeError, ReceivedPatch, batch, decode_endpoint_set, decode_key, decode_service, raw, v1,
 };
 
 use super::fault::{Fault, Faults};
@@ -101,8 +101,8 @@ impl Transaction {
             let result = self.removal(&gone);
             self.keep(result, held);
         }
-        for patch in batch.patches {
-            let result = self.patch(&patch, held.state, interner);
+        for patch in &batch.patches {
+            let result = self.patch(patch, held.state, interner);
             self.keep(result, held);
         }
         Ok(())
@@ -228,37 +228,36 @@ impl Transaction {
         })
     }
 
-    fn patch(
-        &self,
-        patch: &raw::EndpointPatch,
-        held: &State,
-        interner: &mut Interner,
-    ) -> Result<Change, Refused> {
-        let announced = Version::from_bytes(&patch.version);
-        let refused = |key, reason, message, lost| Refused { key, version: announced, reason, message, lost };
+    fn patch(&self, patch: &[u8], held: &State, interner: &mut Interner) -> Result<Change, Refused> {
+        let patch = ReceivedPatch::read(patch).map_err(|error| Refused::undecodable(None, None, &error))?;
+        let announced = Version::from_bytes(patch.version);
         // Only a patch that cannot be applied needs a key of its own.
-        let key = || Key::parse(Kind::EndpointSet, &patch.key);
-        let lost = |message| Err(refused(key(), FailureReason::Decode, message, true));
+        let key = || Key::parse(Kind::EndpointSet, patch.key);
+        let refused = |key, message, lost| Refused {
+            key,
+            version: announced,
+            reason: FailureReason::Decode,
+            message,
+            lost,
+        };
         let base = match &self.work {
-            Work::Changes(_) => patched(held, &patch.key),
-            Work::Replacement(state) => patched(state, &patch.key),
+            Work::Changes(_) => find_set(held, patch.key),
+            Work::Replacement(state) => find_set(state, patch.key),
         };
-        let base = base.filter(|(version, _)| version.0[..] == patch.base_version[..]);
-        let Some((_, base)) = base else {
-            if key().is_none() {
+        let Some((_, base)) = base.filter(|(version, _)| version.0[..] == *patch.base_version) else {
+            let Some(key) = key() else {
                 let message = format!("a patch of {:?}, which names no endpoint set", patch.key);
-                return Err(refused(None, FailureReason::Decode, message, false));
-            }
-            return lost("a patch of a version that is not held".to_owned());
+                return Err(refused(None, message, false));
+            };
+            return Err(refused(Some(key), "a patch of a version that is not held".to_owned(), true));
         };
-        let decoded = match decode_patch(patch, interner) {
-            Ok(decoded) => decoded,
-            Err(error) => return Err(Refused::undecodable(key(), announced, &error)),
-        };
-        let set = base.patched(&decoded);
+        let endpoints =
+            patch.decode(interner).map_err(|error| Refused::undecodable(key(), announced, &error))?;
+        let set = base.patched(endpoints);
         let version = Version::of(&canonical::endpoint_set(&set));
         if announced != Some(version) {
-            return lost(format!("the patched set hashes to {version}, not to the version announced"));
+            let message = format!("the patched set hashes to {version}, not to the version announced");
+            return Err(refused(key(), message, true));
         }
         Ok(Change::Upsert(version, Resource::EndpointSet(Arc::new(set))))
     }
@@ -330,7 +329,7 @@ impl Transaction {
 }
 
 /// The set that a patch names by its text: looked up without making a key.
-fn patched<'a>(state: &'a State, text: &str) -> Option<(Version, &'a Arc<EndpointSet>)> {
+fn find_set<'a>(state: &'a State, text: &str) -> Option<(Version, &'a Arc<EndpointSet>)> {
     let (namespace, rest) = text.split_once('/')?;
     let (name, slice) = rest.split_once('/')?;
     state.held_by_names(namespace, name).endpoint_set(slice)

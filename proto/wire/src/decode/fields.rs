@@ -7,7 +7,9 @@ use super::{DecodeError, Result};
 /// anything.
 pub(super) struct Fields<'a> {
     bytes: &'a [u8],
+    /// Number of the field before; stays 0 where the order does not matter.
     last: u64,
+    ordered: bool,
     repeated: u64,
     known: u64,
 }
@@ -62,7 +64,12 @@ impl<'a> Fields<'a> {
     /// Fields 1 to `known` are known, of which `repeated` may repeat.
     pub(super) fn new(bytes: &'a [u8], repeated: &[u32], known: u32) -> Self {
         let repeated = repeated.iter().fold(0, |mask, field| mask | 1 << field);
-        Self { bytes, last: 0, repeated, known: u64::from(known) }
+        Self { bytes, last: 0, ordered: true, repeated, known: u64::from(known) }
+    }
+
+    /// The fields of a message that nobody hashes: in any order, as protobuf has it.
+    pub(super) fn in_any_order(bytes: &'a [u8]) -> Self {
+        Self { bytes, last: 0, ordered: false, repeated: 0, known: 0 }
     }
 
     /// Number of bytes that follow.
@@ -81,7 +88,9 @@ impl<'a> Fields<'a> {
         if number < self.last || (number == self.last && known && self.repeated & 1 << number == 0) {
             return Err(malformed("has a field out of order, or twice"));
         }
-        self.last = number;
+        if self.ordered {
+            self.last = number;
+        }
         let value = match tag & 7 {
             0 => Value::Number(varint(&mut self.bytes)?),
             1 => self.take(8).map(|_| Value::Fixed)?,

@@ -7,7 +7,7 @@ use prost::Message;
 use super::objects;
 use crate::batch::{Transaction, Unpacker, UpdateWriter};
 use crate::{
-    convert, decode_endpoint_set, decode_key, decode_patch, decode_resource, decode_service, raw, v1,
+    ReceivedPatch, convert, decode_endpoint_set, decode_key, decode_resource, decode_service, raw, v1,
 };
 
 /// What protobuf makes of the bytes and encodes again.
@@ -121,12 +121,11 @@ proptest! {
         let bytes = convert::patch_to_wire(&old.key, base, version, &patch).encode_to_vec();
         prop_assert_eq!(through_prost::<v1::EndpointPatch>(&bytes), bytes.clone(), "typed and raw form");
 
-        let received = raw::EndpointPatch::decode(&bytes[..]).unwrap();
-        let decoded = decode_patch(&received, &mut Interner::default()).unwrap();
+        let received = ReceivedPatch::read(&bytes).unwrap();
+        let decoded = received.decode(&mut Interner::default()).unwrap();
         prop_assert_eq!(&decoded, &patch);
-        let mut patched = old.clone();
-        patched.apply_patch(&decoded);
-        prop_assert_eq!(&Version::of(&canonical::endpoint_set(&patched)).0[..], &received.version[..]);
+        let patched = old.patched(decoded);
+        prop_assert_eq!(&Version::of(&canonical::endpoint_set(&patched)).0[..], received.version);
         prop_assert_eq!(patched, new);
     }
 
@@ -182,7 +181,7 @@ proptest! {
             }
         }
         for patch in &batch.patches {
-            if let Ok(patch) = decode_patch(patch, &mut interner) {
+            if let Ok(patch) = ReceivedPatch::read(patch).and_then(|patch| patch.decode(&mut interner)) {
                 prop_assert!(patch.upserts.is_sorted_by(|a, b| a.address < b.address));
                 prop_assert!(patch.removed.is_sorted_by(|a, b| a < b));
             }

@@ -12,7 +12,7 @@ use crate::batch::{
     Unpacker, UpdateWriter,
 };
 use crate::frame::Frame;
-use crate::{convert, decode_patch, decode_resource, raw, v1};
+use crate::{ReceivedPatch, convert, decode_resource, raw, v1};
 
 fn updates(frames: &[Frame]) -> Vec<raw::Update> {
     let update = |frame: &Frame| match raw::SyncResponse::decode(frame.bytes().clone()).unwrap().kind {
@@ -70,11 +70,12 @@ fn everything_a_transaction_says_arrives() {
     assert_eq!(batch.upserts, [upsert]);
     assert_eq!(batch.removals, [convert::key_to_wire(&gone, None)]);
     let [received] = &batch.patches[..] else { panic!("{} patches", batch.patches.len()) };
+    let received = ReceivedPatch::read(received).unwrap();
     assert_eq!(
-        (&*received.key, &received.base_version[..], &received.version[..]),
+        (received.key, received.base_version, received.version),
         ("default/web/web-1", &[2; 16][..], &[3; 16][..])
     );
-    assert_eq!(decode_patch(received, &mut Interner::default()).unwrap(), patch);
+    assert_eq!(received.decode(&mut Interner::default()).unwrap(), patch);
 
     let stock = v1::SyncResponse::decode(frames[0].bytes().clone()).unwrap_err();
     assert!(
@@ -228,7 +229,9 @@ fn patches_are_as_strict_as_sets() {
             removed_addresses: removed.iter().map(ToString::to_string).collect(),
             ..Default::default()
         };
-        decode_patch(&patch, &mut Interner::default()).unwrap_err().to_string()
+        let bytes = patch.encode_to_vec();
+        let received = ReceivedPatch::read(&bytes).unwrap();
+        received.decode(&mut Interner::default()).unwrap_err().to_string()
     };
     assert_eq!(
         error(&["10.0.0.1", "10.0.0.1"], &[]),

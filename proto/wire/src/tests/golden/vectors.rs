@@ -11,7 +11,7 @@ use prost_reflect::{DescriptorPool, DynamicMessage, EnumDescriptor, MessageDescr
 use serde_json::Value;
 
 use super::{check, read};
-use crate::{FILE_DESCRIPTOR_SET, convert, decode_endpoint_set, decode_service, raw};
+use crate::{FILE_DESCRIPTOR_SET, ReceivedPatch, convert, decode_endpoint_set, decode_service};
 
 static POOL: LazyLock<DescriptorPool> =
     LazyLock::new(|| DescriptorPool::decode(FILE_DESCRIPTOR_SET).unwrap());
@@ -179,10 +179,8 @@ fn patches_have_their_bytes() {
             let patch = old.patch_to(&new).unwrap();
             let bytes = convert::patch_to_wire(&old.key, objects[from].version, objects[to].version, &patch)
                 .encode_to_vec();
-            let received = raw::EndpointPatch::decode(&bytes[..]).unwrap();
-            let mut patched = old;
-            patched.apply_patch(&crate::decode_patch(&received, &mut Interner::default()).unwrap());
-            assert_eq!(patched, new);
+            let received = ReceivedPatch::read(&bytes).unwrap();
+            assert_eq!(old.patched(received.decode(&mut Interner::default()).unwrap()), new);
             let message = DynamicMessage::decode(descriptor("EndpointPatch"), &bytes[..]).unwrap();
             entry_text(&[
                 ("about", quoted(text(entry, "about"))),
