@@ -14,6 +14,7 @@
 //! HTTP/2 makes the server wait; the connection stays alive meanwhile.
 
 mod backoff;
+mod credentials;
 mod dial;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use backoff::Backoff;
+pub use credentials::{CredentialsError, Files};
 pub use dial::{ConfigError, Security, Servers};
 
 /// Requests that may wait for the network: Hello, a few reports, a Refetch.
@@ -98,12 +100,12 @@ impl Ended {
 
 /// Keeps a stream to one of `servers` until the receiver of `events` is dropped. `node_name` is
 /// for the log.
-pub async fn run<E: From<Event>>(servers: Servers, node_name: &str, events: mpsc::Sender<E>) {
+pub async fn run<E: From<Event>>(mut servers: Servers, node_name: &str, events: mpsc::Sender<E>) {
     let mut backoff = Backoff::default();
     let mut turn = fastrand::usize(..servers.len());
     let mut state = LogState::Start;
     loop {
-        let server = servers.get(turn);
+        let server = servers.get(turn).clone();
         let dialled = Instant::now();
         let ended = match server.connect().await {
             Ok(channel) => {
