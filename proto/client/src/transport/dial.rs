@@ -127,6 +127,10 @@ impl Server {
         Ok(Self { uri, endpoint })
     }
 
+    pub(super) fn is_protected(&self) -> bool {
+        self.uri.scheme_str() == Some("https")
+    }
+
     pub(super) async fn connect(&self) -> Result<Channel, tonic::transport::Error> {
         self.endpoint.connect().await
     }
