@@ -307,9 +307,8 @@ mod tests {
 
     #[test]
     fn a_missing_certificate_file_is_named() {
-        let mut arguments: Vec<&str> =
-            GOOD.into_iter().filter(|argument| *argument != "--insecure").collect();
-        arguments.push("--ca=/nonexistent/ca.pem");
+        let mut arguments = GOOD;
+        (arguments[3], arguments[4]) = ("--control-plane=https://a:1", "--ca=/nonexistent/ca.pem");
         assert!(check(&arguments).unwrap_err().contains("/nonexistent/ca.pem"));
     }
 
