@@ -15,9 +15,11 @@
 
 pub mod brain;
 pub mod cluster;
+pub mod drift;
 pub mod iptables;
 pub mod memory;
 pub mod node;
+pub mod programs;
 pub mod raw;
 pub mod report;
 

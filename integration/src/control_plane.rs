@@ -98,8 +98,15 @@ impl ControlPlane {
 
     /// `lockstepctl` talking to it, plaintext.
     pub fn ctl(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = self.ctl_at(&self.url(), arguments)?;
+        command.arg("--insecure");
+        Ok(command)
+    }
+
+    /// `lockstepctl` talking to it at this URL, with as many flags as the caller adds.
+    pub fn ctl_at(&self, url: &str, arguments: &[&str]) -> Result<Command> {
         let mut command = Command::new(product::program(&product::binaries()?, "lockstepctl")?);
-        command.args(["--server", &self.url(), "--insecure"]).args(arguments);
+        command.args(["--server", url]).args(arguments);
         Ok(command)
     }
 

@@ -5,6 +5,7 @@
 //! lab: namespaces, addresses, routes ──> traffic: who answers whom, seeing which source
 //!   │                                                   └─> load: at a steady rate, each judged
 //!   └─> product: control plane and agents inside ──> scenario: manifests, probes, expectations
+//! certificates: authorities and what they issue, on disk as Kubernetes mounts a Secret
 //! apiserver: a real Kubernetes API server, for the Kubernetes source
 //! control_plane, follower: the control plane as a process on loopback, and nodes without a kernel
 //! ```
@@ -15,6 +16,7 @@
 
 pub mod apiserver;
 pub mod bench;
+pub mod certificates;
 pub mod control_plane;
 pub mod fixture;
 pub mod follower;

@@ -14,8 +14,9 @@ use anyhow::{Context, Result, bail, ensure};
 use lockstep_wire::v1::status_service_client::StatusServiceClient;
 use lockstep_wire::v1::{self, AckLevel};
 use rustix::process::{Pid, Signal, kill_process};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
+use crate::certificates::{Authority, Secret};
 use crate::lab::{Family, Lab, POD_CIDRS, Place};
 use crate::traffic::POD_PORT;
 
@@ -53,8 +54,23 @@ pub struct Product {
     modes: Vec<Mode>,
     manifests: PathBuf,
     binaries: PathBuf,
+    /// `None` = plaintext.
+    secrets: Option<Secrets>,
     /// The network it runs in.
     pub lab: Lab,
+}
+
+/// What everybody is known by: a directory of certificates each.
+#[derive(Debug)]
+pub struct Secrets {
+    /// Whom all trust.
+    pub authority: Authority,
+    /// The control plane's.
+    pub control_plane: Secret,
+    /// Of each node in order; the certificate names the node.
+    pub nodes: Vec<Secret>,
+    /// Of whoever asks.
+    pub operator: Secret,
 }
 
 impl Product {
@@ -74,14 +90,44 @@ impl Product {
             pod.wait_for_log("ready")?;
         }
         let agents = modes.iter().map(|_| None).collect();
-        Ok(Self { agents, control_plane: None, _pods: pods, modes: modes.to_vec(), manifests, binaries, lab })
+        let modes = modes.to_vec();
+        Ok(Self { agents, control_plane: None, _pods: pods, modes, manifests, binaries, secrets: None, lab })
+    }
+
+    /// From now on, everybody shows a certificate and asks for one.
+    pub fn secure(&mut self) -> Result<()> {
+        let authority = Authority::new()?;
+        let secret = |name: &str, hosts: &[&str]| {
+            let pair = authority.issue(name, hosts)?;
+            Secret::new(self.lab.directory().join(format!("secret-{name}")), &authority, Some(&pair))
+        };
+        let host = Place::Fabric.address(Family::V4).to_string();
+        let control_plane = secret("control-plane", &[&host])?;
+        let nodes = (1..=self.lab.nodes())
+            .map(|node| secret(&format!("system:node:{}", Place::Node(node)), &[]))
+            .collect::<Result<_>>()?;
+        let operator = secret("operator", &[])?;
+        self.secrets = Some(Secrets { authority, control_plane, nodes, operator });
+        Ok(())
+    }
+
+    /// The certificates, where there are any.
+    pub fn secrets(&mut self) -> Result<&mut Secrets> {
+        self.secrets.as_mut().context("the product is plaintext")
     }
 
     /// Starts the control plane and waits until its port answers; it may not serve state yet.
     pub fn start_control_plane(&mut self) -> Result<()> {
         let mut command = self.lab.command(Place::Fabric, program(&self.binaries, "lockstep-control-plane")?);
         command.arg("--source").arg(format!("files:{}", self.manifests.display()));
-        command.args(["--listen", &listen(GRPC_PORT), "--http", &listen(8080), "--insecure"]);
+        command.args(["--listen", &listen(GRPC_PORT), "--http", &listen(8080)]);
+        match &self.secrets {
+            None => command.arg("--insecure"),
+            // Who is not let in is said to whoever looks for it only.
+            Some(secrets) => command
+                .args(secrets.control_plane.server_flags(true))
+                .env("LOCKSTEP_LOG", "info,lockstep_server=debug"),
+        };
         self.control_plane = Some(Process::spawn(&self.lab, "control-plane", command)?);
         wait_until("the control plane answers", PATIENCE, || Ok(self.server_info().ok().map(drop)))
     }
@@ -100,11 +146,21 @@ impl Product {
 
     /// Starts an agent on a node under any name, beside the node's own.
     pub fn spawn_agent(&self, node: u8, name: &str) -> Result<Process> {
+        let mut security = match &self.secrets {
+            None => vec!["--insecure".to_owned()],
+            Some(secrets) => secrets.nodes[usize::from(node) - 1].client_flags(true),
+        };
+        security.push(format!("--control-plane={}", self.url()));
+        self.spawn_agent_that(node, name, &security)
+    }
+
+    /// The same, told by `security` where the control plane is and how to trust it.
+    pub fn spawn_agent_that(&self, node: u8, name: &str, security: &[String]) -> Result<Process> {
         let place = Place::Node(node);
         let state = self.state_directory(node, name);
         fs::create_dir_all(&state)?;
         let mut command = self.lab.command(place, program(&self.binaries, "lockstep-node")?);
-        command.args(["--control-plane", &self.url(), "--node-name", name, "--insecure"]);
+        command.args(["--node-name", name]).args(security);
         command.args(["--cluster-cidr", POD_CIDRS, "--state-dir"]).arg(state);
         command.args(self.modes[usize::from(node) - 1].flags());
         if name != place.to_string() {
@@ -290,7 +346,12 @@ impl Product {
     /// `lockstepctl` inside the fabric.
     pub fn ctl(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = self.lab.command(Place::Fabric, program(&self.binaries, "lockstepctl")?);
-        command.args(["--server", &self.url(), "--insecure"]).args(arguments);
+        command.args(["--server", &self.url()]);
+        match &self.secrets {
+            None => command.arg("--insecure"),
+            Some(secrets) => command.args(secrets.operator.client_flags(true)),
+        };
+        command.args(arguments);
         Ok(command)
     }
 
@@ -307,7 +368,8 @@ impl Product {
 
     /// Where the control plane listens.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address())
+        let scheme = if self.secrets.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address())
     }
 
     /// The last lines of every log, for whoever reads a failed test.
@@ -324,8 +386,13 @@ impl Product {
         &self,
         call: impl AsyncFn(StatusServiceClient<Channel>) -> Result<tonic::Response<T>, tonic::Status> + Send,
     ) -> Result<T> {
-        let endpoint =
+        let mut endpoint =
             Endpoint::from_shared(self.url())?.timeout(PATIENCE).connect_timeout(Duration::from_secs(2));
+        if let Some(Secrets { operator, .. }) = &self.secrets {
+            let identity = Identity::from_pem(fs::read(operator.certificate())?, fs::read(operator.key())?);
+            let ca = Certificate::from_pem(fs::read(operator.ca())?);
+            endpoint = endpoint.tls_config(ClientTlsConfig::new().ca_certificate(ca).identity(identity))?;
+        }
         self.lab.inside(Place::Fabric, move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
@@ -439,7 +506,7 @@ pub fn wait_until<T>(
 }
 
 /// Where cargo puts programs: beside this one, or above where it is a test.
-pub(crate) fn binaries() -> Result<PathBuf> {
+pub fn binaries() -> Result<PathBuf> {
     let this = std::env::current_exe()?;
     let directory = this.parent().context("this program has no directory")?;
     let above = directory.parent().filter(|_| directory.ends_with("deps"));

@@ -5,9 +5,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use lockstep_integration::bench::drift::{self, Repair};
 use lockstep_integration::fixture::{self, WEB_NODE_PORT, product, started, web};
 use lockstep_integration::lab::{Family, Place};
-use lockstep_integration::product::{Mode, PATIENCE, Process, Product, wait_until};
+use lockstep_integration::product::{Mode, PATIENCE, Process, Product, binaries, wait_until};
 use lockstep_integration::traffic::{Outcome, Transport, probe_within};
 
 /// From a change that somebody else makes to traffic again, on a machine under load. On an idle
@@ -19,7 +20,7 @@ const IPTABLES_REPAIRED_WITHIN: Duration = Duration::from_secs(10);
 /// Where nothing but reading all rules shows the change: a minute between two audits, and their
 /// share of a core.
 const AUDITED_WITHIN: Duration = Duration::from_secs(120);
-const TRIES: usize = 3;
+const TRIES: u32 = 3;
 
 /// Rules of a node, without counters, as the kernel's own tools list them.
 fn rules(product: &Product, node: u8) -> Result<String> {
@@ -102,6 +103,18 @@ fn ensure_quick(name: &str, mut times: Vec<Duration>, limit: Duration) -> Result
     let (median, longest) = (times[times.len() / 2], times[times.len() - 1]);
     println!("{name}: traffic again after {median:.0?} (median of {}), {longest:.0?} at most", times.len());
     ensure!(longest <= limit, "{name}: {longest:?} until traffic worked again");
+    Ok(())
+}
+
+#[test]
+fn nftables_drift_among_a_thousand_services_is_repaired_and_reported_within_a_second() -> Result<()> {
+    for repair in drift::measure(1_000, &binaries()?, TRIES)? {
+        let Repair { change, tool, repaired, reported } = repair;
+        println!(
+            "{change}: in the kernel again after {repaired:.0?}, reported after {reported:.0?} (nft: {tool:.0?})"
+        );
+        ensure!(reported <= REPAIRED_WITHIN, "{change}: {reported:?} until the repair was reported");
+    }
     Ok(())
 }
 

@@ -1,8 +1,6 @@
 //! The arrows between crates, as ARCHITECTURE.md states them.
 
-use std::path::Path;
-
-use crate::process::{Failure, cargo, output, root};
+use crate::process::{Failure, cargo, output};
 
 /// `(user, used)`: directly or through others, `user` must not be built with `used`.
 const FORBIDDEN: &[(&str, &str)] = &[
@@ -24,36 +22,20 @@ const TOPS: &[&str] = &["lockstep-control-plane", "lockstep-node"];
 /// Tests and benchmarks of the whole may use everything.
 const ABOVE_TOPS: &[&str] = &["lockstep-integration"];
 
-/// A crate of the workspace.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Package {
-    /// The directory at the top that it is in: `proto`.
-    pub(crate) part: String,
-    /// Its name.
-    pub(crate) name: String,
-}
-
 /// Crates of the workspace, sorted.
-pub(crate) fn packages() -> Result<Vec<Package>, Failure> {
+pub(crate) fn packages() -> Result<Vec<String>, Failure> {
     let list =
         output(cargo().args(["tree", "--workspace", "--depth", "0", "--prefix", "none", "--format", "{p}"]))?;
-    let mut packages: Vec<Package> = list.lines().filter_map(|line| package(line, &root())).collect();
+    let mut packages: Vec<String> = list.lines().filter_map(name).map(str::to_owned).collect();
     packages.sort();
     packages.dedup();
     Ok(packages)
 }
 
-/// Reads `lockstep-model v0.1.0 (/somewhere/proto/model)`.
-fn package(line: &str, root: &Path) -> Option<Package> {
-    let directory = Path::new(line.split_once(" (")?.1.split(')').next()?);
-    let part = directory.strip_prefix(root).ok()?.components().next()?;
-    Some(Package { part: part.as_os_str().to_string_lossy().into_owned(), name: name(line)?.to_owned() })
-}
-
 /// True where every arrow is allowed.
-pub(crate) fn check(packages: &[Package]) -> Result<bool, Failure> {
+pub(crate) fn check(packages: &[String]) -> Result<bool, Failure> {
     let mut good = true;
-    for Package { name: package, .. } in packages {
+    for package in packages {
         let tree = output(cargo().args([
             "tree",
             "--package",
@@ -98,16 +80,7 @@ fn name(line: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
-    use super::{Package, faults, package};
-
-    #[test]
-    fn a_crate_is_known_by_name_and_part() {
-        let found = package("lockstep-model v0.1.0 (/src/proto/model)", Path::new("/src"));
-        assert_eq!(found, Some(Package { part: "proto".to_owned(), name: "lockstep-model".to_owned() }));
-        assert_eq!(package("serde v1.0.0", Path::new("/src")), None);
-    }
+    use super::faults;
 
     #[test]
     fn a_forbidden_arrow_is_found() {

@@ -113,7 +113,7 @@ pub(crate) const PARTS: &[Part] = &[
     },
     Part {
         name: "product",
-        about: "the whole product: kills under load, restarts, broken input, foreign rules",
+        about: "the whole product: kills under load, restarts, broken input, foreign rules, TLS",
         in_everything: true,
         steps: &[Step::RemainingIntegration],
         needs_root: true,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use crate::layering::{self, Package};
+use crate::layering;
 use crate::process::{Failure, cargo, output, root, run};
 use crate::setup;
 use crate::summary::Outcome;
@@ -29,25 +29,14 @@ pub(crate) fn check(outcome: &mut Outcome) -> Result<(), Failure> {
         "documentation",
         step(cargo().args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings")),
     );
-    // Built together, a crate may lean on features that only its neighbours ask for. Each crate
-    // of the contract is used alone by others; of the rest, each half is.
-    for (name, alone) in alone(&packages) {
+    // Built together, a crate may lean on features that only its neighbours ask for. All in one
+    // target directory: what two crates ask of a dependency in the same way is built once.
+    for name in &packages {
         let mut command = cargo();
-        command.args(["check", "--quiet"]);
-        for package in alone {
-            command.args(["--package", package]);
-        }
+        command.args(["check", "--quiet", "--all-targets", "--package", name]);
         outcome.check(&format!("{name} alone"), step(&mut command));
     }
     Ok(())
-}
-
-/// What must build without the rest of the workspace: a name, and crates.
-fn alone(packages: &[Package]) -> Vec<(&str, Vec<&str>)> {
-    let of = |part| packages.iter().filter(move |package| package.part == part).map(|package| &*package.name);
-    let contract = of("proto").map(|name| (name, vec![name]));
-    let halves = ["control-plane", "node-dataplane"].map(|part| (part, of(part).collect()));
-    contract.chain(halves).collect()
 }
 
 fn step(command: &mut Command) -> bool {
@@ -99,10 +88,11 @@ fn files(names: &[String]) -> bool {
 fn machine_path(line: &str) -> Option<&'static str> {
     // Put together here, so that this file does not find itself.
     let places = [
+        // First, because it is often inside one of the others.
+        (format!("{}/", root().display()), "this checkout"),
         (format!("{}me/", "/ho"), "a home directory"),
         (format!("{}ot/", "/ro"), "root's home"),
         (format!("{}ers/", "/Us"), "a home directory"),
-        (format!("{}/", root().display()), "this checkout"),
     ];
     for (place, name) in places {
         // At the start of a path only: the same name deeper in a path is nobody's own.
@@ -121,20 +111,7 @@ fn machine_path(line: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Package, alone, machine_path, root};
-
-    #[test]
-    fn crates_of_the_contract_and_both_halves_build_alone() {
-        let package = |part: &str, name: &str| Package { part: part.to_owned(), name: name.to_owned() };
-        let packages = [package("control-plane", "a"), package("proto", "b"), package("proto", "c")];
-        let expected = vec![
-            ("b", vec!["b"]),
-            ("c", vec!["c"]),
-            ("control-plane", vec!["a"]),
-            ("node-dataplane", vec![]),
-        ];
-        assert_eq!(alone(&packages), expected);
-    }
+    use super::{machine_path, root};
 
     #[test]
     fn somebodys_own_path_is_found() {

@@ -60,6 +60,13 @@ impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         match status.code() {
             Code::NotFound => Failure::NotFound(status.message().into()),
+            // Nothing that the server said: the connection is gone. In TLS 1.3 a client is done
+            // before the server has seen its certificate, so this may be all there is to know.
+            _ if std::error::Error::source(&status).is_some() => Failure::Error(anyhow::anyhow!(
+                "the connection ended: {}; a server that wants a client certificate, and gets none that it \
+                 trusts, ends connections like this: are --cert and --key right?",
+                client::chain(&status)
+            )),
             code => Failure::Error(anyhow::anyhow!("the server says {code:?}: {}", status.message())),
         }
     }

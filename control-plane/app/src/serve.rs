@@ -7,17 +7,19 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
-use lockstep_server::{Config, Hub};
+use lockstep_server::{Acceptor, Config, Hub};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::info;
 
 mod args;
+mod certificates;
 mod feed;
 mod http;
 mod metrics;
 
 use args::{Args, LogFormat, SourceArg};
+use certificates::Certificates;
 
 /// Events and inputs in flight. A source that is faster waits.
 const IN_FLIGHT: usize = 256;
@@ -54,7 +56,8 @@ pub fn main() -> ExitCode {
 async fn run(args: Args) -> anyhow::Result<()> {
     raise_file_limit();
     let stop = stop_signal().context("listening to signals")?;
-    let tls = args.tls.read()?;
+    let certificates = args.tls.files().map(Certificates::read).transpose()?;
+    let tls = certificates.map(spawn_renewal);
     let config = Config {
         heartbeat: args.heartbeat_interval(),
         node_name_from_certificate: args.tls.client_ca.is_some(),
@@ -109,6 +112,13 @@ fn raise_file_limit() {
 
 async fn listen(flag: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("{flag} {address}"))
+}
+
+/// From now on, renewed files are taken up.
+fn spawn_renewal((certificates, acceptor): (Certificates, Acceptor)) -> watch::Receiver<Acceptor> {
+    let (sender, acceptors) = watch::channel(acceptor);
+    tokio::spawn(certificates::follow(certificates, sender));
+    acceptors
 }
 
 type SourceTask = tokio::task::JoinHandle<anyhow::Result<()>>;

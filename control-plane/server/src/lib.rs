@@ -15,6 +15,7 @@
 //! This crate knows no Kubernetes: whoever owns the source feeds it [`Input`]s.
 #![forbid(unsafe_code)]
 
+mod connections;
 mod convert;
 mod counters;
 mod frames;
@@ -27,8 +28,10 @@ mod status;
 mod sync;
 #[cfg(test)]
 mod testing;
+mod tls;
 
 pub use counters::{Counters, Histogram, LATENCY_BUCKETS};
 pub use hub::{Config, Hub, Overview};
 pub use intake::{Input, NodeInput, QuarantineInput, run as run_intake};
-pub use serve::{ServeError, Tls, serve};
+pub use serve::{ServeError, serve};
+pub use tls::{Acceptor, Tls, TlsError};

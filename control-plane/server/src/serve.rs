@@ -4,18 +4,21 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{Stream, stream};
+use futures_util::Stream;
 use lockstep_wire::frame::sync_service_server::SyncServiceServer;
 use lockstep_wire::v1::status_service_server::StatusServiceServer;
-use tokio::net::{TcpListener, TcpStream};
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tonic::transport::Server;
+use tonic::transport::server::{Connected, Router};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
-use tracing::warn;
 
-use crate::Hub;
+use crate::connections::{plain, protected};
 use crate::status::StatusQueries;
 use crate::sync::Sync;
+use crate::{Acceptor, Hub};
 
 #[cfg(test)]
 mod tests;
@@ -33,27 +36,9 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(3);
 /// does not answer: a node that lost its power must not look connected.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 
-/// How long nothing is accepted after an error. Most are about one connection; but without file
-/// descriptors every attempt fails at once, and only time helps.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Certificates, all PEM.
-#[derive(Debug, Clone)]
-pub struct Tls {
-    /// Certificate chain of the server.
-    pub certificate: Vec<u8>,
-    /// Its private key.
-    pub key: Vec<u8>,
-    /// Certificate authorities of clients. `None` = clients need no certificate.
-    pub client_ca: Option<Vec<u8>>,
-}
-
 /// Why the server cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The certificates are not usable.
-    #[error("TLS: {0:?}")]
-    Tls(#[source] tonic::transport::Error),
     /// Reflection has no usable descriptors.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -62,23 +47,20 @@ pub enum ServeError {
     Transport(#[source] tonic::transport::Error),
 }
 
-/// Serves until `shutdown` is done, then ends every stream with a Goodbye.
+/// Serves until `shutdown` is done, then ends every stream with a Goodbye. With `tls`, each new
+/// connection is taken in by the acceptor of that moment; without, connections are plaintext.
 pub async fn serve(
     hub: Arc<Hub>,
     listener: TcpListener,
-    tls: Option<Tls>,
+    tls: Option<watch::Receiver<Acceptor>>,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let follow = tokio::spawn(follow_health(hub.clone(), health));
-    let mut server = Server::builder()
+    let router = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE / 2))
-        .max_concurrent_streams(256);
-    if let Some(tls) = tls {
-        server = server.tls_config(tls.into_config()).map_err(ServeError::Tls)?;
-    }
-    let router = server
+        .max_concurrent_streams(256)
         .add_service(SyncServiceServer::new(Sync::new(hub.clone())).max_decoding_message_size(MAX_INBOUND))
         .add_service(
             StatusServiceServer::new(StatusQueries::new(hub.clone())).max_decoding_message_size(MAX_INBOUND),
@@ -86,7 +68,23 @@ pub async fn serve(
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);
-    let incoming = connections(listener, ACCEPT_PAUSE);
+    let result = match tls {
+        None => serve_connections(&hub, router, plain(listener), shutdown).await,
+        Some(acceptors) => serve_connections(&hub, router, protected(listener, acceptors), shutdown).await,
+    };
+    follow.abort();
+    result
+}
+
+async fn serve_connections<IO>(
+    hub: &Hub,
+    router: Router,
+    incoming: impl Stream<Item = std::io::Result<IO>>,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError>
+where
+    IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
     let serving = router.serve_with_incoming_shutdown(incoming, async {
         shutdown.await;
@@ -100,36 +98,10 @@ pub async fn serve(
             Err(_) => std::future::pending().await,
         }
     };
-    let result = tokio::select! {
+    tokio::select! {
         result = serving => result.map_err(ServeError::Transport),
         () = grace => Ok(()),
-    };
-    follow.abort();
-    result
-}
-
-/// Connections as they come. Goes on whatever happens, and says so once per trouble.
-fn connections(
-    listener: TcpListener,
-    pause: Duration,
-) -> impl Stream<Item = std::io::Result<TcpStream>> + Send {
-    stream::unfold((listener, false), move |(listener, mut troubled)| async move {
-        loop {
-            match listener.accept().await {
-                Ok((connection, _)) => {
-                    // A connection that is gone already says so itself when it is read.
-                    let _ = connection.set_nodelay(true);
-                    return Some((Ok(connection), (listener, false)));
-                }
-                Err(error) => {
-                    if !std::mem::replace(&mut troubled, true) {
-                        warn!(%error, "a connection could not be accepted, trying on");
-                    }
-                    tokio::time::sleep(pause).await;
-                }
-            }
-        }
-    })
+    }
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {
@@ -151,16 +123,6 @@ async fn follow_health(hub: Arc<Hub>, health: HealthReporter) {
         health.set_service_status(SYNC_SERVICE, status).await;
         if serving.changed().await.is_err() {
             return;
-        }
-    }
-}
-
-impl Tls {
-    fn into_config(self) -> ServerTlsConfig {
-        let config = ServerTlsConfig::new().identity(Identity::from_pem(self.certificate, self.key));
-        match self.client_ca {
-            Some(ca) => config.client_ca_root(Certificate::from_pem(ca)),
-            None => config,
         }
     }
 }

@@ -14,12 +14,12 @@ use lockstep_wire::raw::sync_service_client::SyncServiceClient;
 use lockstep_wire::v1::status_service_client::StatusServiceClient;
 use lockstep_wire::{ReceivedPatch, convert, decode_resource, raw, v1};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-use crate::{Config, Hub, Tls, serve};
+use crate::{Acceptor, Config, Hub, serve};
 
 /// Nothing in these tests takes this long unless it is broken.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -34,7 +34,7 @@ pub(crate) struct World {
 
 impl World {
     /// A server that serves nothing yet.
-    pub(crate) async fn unsynced(config: Config, tls: Option<Tls>) -> Self {
+    pub(crate) async fn unsynced(config: Config, tls: Option<watch::Receiver<Acceptor>>) -> Self {
         let hub = Arc::new(Hub::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -122,9 +122,10 @@ impl Upstream {
         set
     }
 
-    /// The objects of one Service as they were loaded.
-    pub fn objects(&self, index: u32) -> (Service, EndpointSet) {
-        (self.service(index), self.endpoints(index, None))
+    /// The objects of one Service as they were loaded; or with the first endpoint replaced by the
+    /// pod of that number.
+    pub fn objects(&self, index: u32, replaced: Option<u32>) -> (Service, EndpointSet) {
+        (self.service(index), self.endpoints(index, replaced.map(replacement)))
     }
 
     /// The event that one endpoint of each of `services` Services is replaced by another pod.

@@ -7,19 +7,20 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lockstep_backend_iptables::Flavour;
-use lockstep_integration::bench::node::{Stages, Times};
+use lockstep_integration::bench::memory::Stages;
+use lockstep_integration::bench::node::Times;
 use lockstep_integration::bench::report::{Report, text};
-use lockstep_integration::bench::{brain, iptables, median, memory, node, ratio};
+use lockstep_integration::bench::{brain, drift, iptables, median, memory, node, ratio};
 
-const USAGE: &str = "usage: lockstep-bench [node] [iptables] [control-plane] [memory]   (all where none is named; needs root)";
+const USAGE: &str = "usage: lockstep-bench [PART...]   (all where none is named; needs root)
+parts: node, iptables, control-plane, memory, drift";
+const PARTS: [&str; 5] = ["node", "iptables", "control-plane", "memory", "drift"];
 /// Sizes over which a time must not grow.
 const SIZES: [u32; 3] = [1_000, 10_000, 30_000];
 
 fn main() -> Result<ExitCode> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(other) =
-        wanted.iter().find(|it| !["node", "iptables", "control-plane", "memory"].contains(&it.as_str()))
-    {
+    if let Some(other) = wanted.iter().find(|it| !PARTS.contains(&it.as_str())) {
         bail!("{other}: unknown part\n{USAGE}");
     }
     let wants = |part: &str| wanted.is_empty() || wanted.iter().any(|it| it == part);
@@ -36,8 +37,14 @@ fn main() -> Result<ExitCode> {
     if wants("control-plane") {
         in_control_plane(&mut report)?;
     }
-    if wants("memory") {
-        in_memory(&mut report);
+    if wants("memory") || wants("drift") {
+        let binaries = binaries()?;
+        if wants("memory") {
+            in_memory(&mut report, &binaries);
+        }
+        if wants("drift") {
+            in_drift(&mut report, &binaries);
+        }
     }
     let mut out = std::io::stdout().lock();
     write!(out, "{}", report.table())?;
@@ -79,7 +86,7 @@ fn on_node(report: &mut Report) -> Result<()> {
 fn burst(report: &mut Report, burst: &Times, size: &str, alone: Duration) {
     let raw = median(&burst.raw);
     let programming = median(&burst.programming());
-    let Stages { session, view, backend } = &burst.stages;
+    let node::Stages { session, view, backend } = &burst.stages;
     let detail = format!(
         " ({} : {}; planning {}, backend {})",
         text(programming),
@@ -152,17 +159,42 @@ fn flat(report: &mut Report, work: &str, times: &[Duration]) {
     }
 }
 
-fn in_memory(report: &mut Report) {
-    match binaries().and_then(|binaries| memory::measure(10_000, &binaries)) {
-        Ok(memory) => {
-            let peak = |(_, peak): (f64, f64)| format!(" (peak {peak:.0} MiB)");
-            let agent = memory.agent;
-            report.at_most("agent RSS after load, 10,000 x 10", agent.0, 64.0, " MiB", &peak(agent));
-            let control_plane = memory.control_plane;
-            let work = "control plane RSS after load, 10,000 x 10";
-            report.at_most(work, control_plane.0, 128.0, " MiB", &peak(control_plane));
-        }
-        Err(error) => report.missed("agent and control plane RSS after load", format!("{error:#}")),
+fn in_memory(report: &mut Report, binaries: &Path) {
+    let memory = match memory::measure(10_000, binaries) {
+        Ok(memory) => memory,
+        Err(error) => return report.missed("agent and control plane RSS", format!("{error:#}")),
+    };
+    for (program, limit, stages) in
+        [("agent", 64.0, memory.agent), ("control plane", 128.0, memory.control_plane)]
+    {
+        let peak = format!(" (peak {:.0} MiB)", stages.load.peak);
+        let work = format!("{program} RSS after load, 10,000 x 10");
+        report.at_most(work, stages.load.now, limit, " MiB", &peak);
+        let Stages { burst, after_burst, .. } = stages;
+        let detail = format!(" (right after {:.0} MiB, peak {:.0} MiB)", burst.now, after_burst.peak);
+        let work = format!("{program} RSS after a burst of 10,000 endpoints, 10,000 x 10");
+        report.at_most(work, after_burst.now, limit, " MiB", &detail);
+    }
+}
+
+/// Times of repairs, the longest of each kind.
+fn in_drift(report: &mut Report, binaries: &Path) {
+    let mut repairs = match drift::measure(10_000, binaries, 5) {
+        Ok(repairs) => repairs,
+        Err(error) => return report.missed("repair of foreign changes", format!("{error:#}")),
+    };
+    repairs.sort_by_key(|repair| (repair.change, repair.reported));
+    for kind in repairs.chunk_by(|a, b| a.change == b.change) {
+        let (median, Some(longest)) = (&kind[kind.len() / 2], kind.last()) else { continue };
+        let detail = format!(
+            " (median {}, in the kernel after {}; nft itself {})",
+            text(median.reported),
+            text(median.repaired),
+            text(median.tool)
+        );
+        let work =
+            format!("{}, 10,000 x 10: until repaired and reported, longest of {}", median.change, kind.len());
+        report.at_most(work, longest.reported.as_secs_f64(), 1.0, " s", &detail);
     }
 }
 

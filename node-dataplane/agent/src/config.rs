@@ -3,13 +3,13 @@
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
-use lockstep_client::transport::{Security, Servers};
+use lockstep_client::transport::{ConfigError, Files, Security, Servers};
 use tracing_subscriber::EnvFilter;
 
 /// The configuration cannot be used.
@@ -95,7 +95,8 @@ pub struct RunArguments {
     /// Allows plaintext connections to the control plane.
     #[arg(long, env = "LOCKSTEP_INSECURE", value_parser = BoolishValueParser::new())]
     pub insecure: bool,
-    /// Certificate authority of the control plane (PEM).
+    /// Certificate authority of the control plane (PEM). This file and the two below are read anew
+    /// for every connection.
     #[arg(long, env = "LOCKSTEP_CA", value_name = "FILE")]
     pub ca: Option<PathBuf>,
     /// Client certificate (PEM).
@@ -181,7 +182,7 @@ impl RunArguments {
         }
         Ok(Config {
             node_name,
-            servers: Servers::new(&self.control_plane, &self.security()?).context("--control-plane")?,
+            servers: self.servers()?,
             mode: self.mode,
             iptables_flavour: self.iptables_flavour,
             cluster_cidrs: self.cluster_cidr.clone(),
@@ -198,22 +199,35 @@ impl RunArguments {
             }
             return Ok(Security::Plaintext);
         }
-        let ca = self.ca.as_deref().context("one of --ca FILE and --insecure is needed")?;
-        let identity = match (&self.cert, &self.key) {
-            (Some(cert), Some(key)) => Some((read("--cert", cert)?, read("--key", key)?)),
-            _ => None,
-        };
-        let authority = read("--ca", ca)?;
-        // Without one, every server would be refused, for ever.
-        if !String::from_utf8_lossy(&authority).contains("-----BEGIN CERTIFICATE-----") {
-            bail!("--ca {}: there is no PEM certificate in it", ca.display());
-        }
-        Ok(Security::Tls { ca: authority, identity })
+        let ca = self.ca.clone().context("one of --ca FILE and --insecure is needed")?;
+        Ok(Security::Tls(Files { ca, identity: self.cert.clone().zip(self.key.clone()) }))
     }
-}
 
-fn read(flag: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
-    std::fs::read(path).with_context(|| format!("{flag} {}", path.display()))
+    fn servers(&self) -> anyhow::Result<Servers> {
+        let security = self.security()?;
+        for url in &self.control_plane {
+            match (&security, url.split_once("://")) {
+                (Security::Tls(_), Some(("http", _))) => {
+                    bail!(
+                        "--control-plane {url}: http:// is plaintext, which needs --insecure instead of --ca"
+                    )
+                }
+                (Security::Plaintext, Some(("https", _))) => {
+                    bail!(
+                        "--control-plane {url}: https:// is TLS, which needs --ca FILE instead of --insecure"
+                    )
+                }
+                _ => {}
+            }
+        }
+        Servers::new(&self.control_plane, &security).map_err(|error| {
+            let flags = match error {
+                ConfigError::Empty | ConfigError::Url { .. } => "--control-plane",
+                ConfigError::Credentials(_) => "--ca, --cert, --key",
+            };
+            anyhow::Error::new(error).context(flags)
+        })
+    }
 }
 
 impl LogFormat {
@@ -282,7 +296,8 @@ mod tests {
         assert!(without("--insecure").contains("--ca"));
         let with = |argument: &'static str| check(&[&GOOD[..], &[argument]].concat()).unwrap_err();
         assert!(with("--cluster-cidr=10.244.0.1/16").contains("10.244.0.0/16"));
-        assert!(with("--control-plane=https://c:3").contains("https://c:3"));
+        let says = with("--control-plane=https://c:3");
+        assert!(says.contains("https://c:3") && says.contains("--ca"), "{says}");
         assert!(with("--ca=/nonexistent").contains("--insecure"));
         let mut magic = GOOD;
         magic[6] = "--mode=magic";
@@ -292,10 +307,17 @@ mod tests {
 
     #[test]
     fn a_missing_certificate_file_is_named() {
-        let mut arguments: Vec<&str> =
-            GOOD.into_iter().filter(|argument| *argument != "--insecure").collect();
-        arguments.push("--ca=/nonexistent/ca.pem");
+        let mut arguments = GOOD;
+        (arguments[3], arguments[4]) = ("--control-plane=https://a:1", "--ca=/nonexistent/ca.pem");
         assert!(check(&arguments).unwrap_err().contains("/nonexistent/ca.pem"));
+    }
+
+    #[test]
+    fn a_plaintext_url_with_an_authority_is_told_what_it_needs() {
+        let mut arguments = GOOD;
+        arguments[4] = "--ca=/nonexistent/ca.pem";
+        let says = check(&arguments).unwrap_err();
+        assert!(says.contains("http://a:1: ") && says.contains("--insecure"), "{says}");
     }
 
     #[test]

@@ -57,6 +57,7 @@ pub fn main(arguments: &RunArguments) -> ExitCode {
 }
 
 fn run(config: &Config) -> anyhow::Result<ExitCode> {
+    lockstep_kernel::memory::map_large_pieces();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"), node = config.node_name, mode = ?config.mode,
         cluster_cidrs = ?config.cluster_cidrs, state_dir = %config.state_dir.display(), "starting"

@@ -14,6 +14,7 @@
 //! HTTP/2 makes the server wait; the connection stays alive meanwhile.
 
 mod backoff;
+mod credentials;
 mod dial;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use backoff::Backoff;
+pub use credentials::{CredentialsError, Files};
 pub use dial::{ConfigError, Security, Servers};
 
 /// Requests that may wait for the network: Hello, a few reports, a Refetch.
@@ -37,6 +39,10 @@ const SETTLED: Duration = Duration::from_secs(10);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
 /// What the last requests may take to leave.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// In TLS 1.3 a client is done before the server has seen its certificate, and the server's reason
+/// can get lost behind the end of the connection.
+const UNEXPLAINED: &str = "; a server that wants a client certificate, and gets none that it trusts, ends connections \
+                           like this: are the client certificate and its key right?";
 /// A message has at most 1 MiB.
 const MAX_MESSAGE_BYTES: usize = 2 * 1024 * 1024;
 
@@ -88,30 +94,35 @@ struct Ended {
     away: Option<Duration>,
     /// Another agent with this node's name is connected.
     superseded: bool,
+    /// The connection went away before the server had said anything, and nothing says why.
+    cut: bool,
 }
 
 impl Ended {
     fn new(why: impl Into<String>) -> Self {
-        Self { why: why.into(), useful: false, away: None, superseded: false }
+        Self { why: why.into(), useful: false, away: None, superseded: false, cut: false }
     }
 }
 
 /// Keeps a stream to one of `servers` until the receiver of `events` is dropped. `node_name` is
 /// for the log.
-pub async fn run<E: From<Event>>(servers: Servers, node_name: &str, events: mpsc::Sender<E>) {
+pub async fn run<E: From<Event>>(mut servers: Servers, node_name: &str, events: mpsc::Sender<E>) {
     let mut backoff = Backoff::default();
     let mut turn = fastrand::usize(..servers.len());
     let mut state = LogState::Start;
     loop {
-        let server = servers.get(turn);
+        let server = servers.get(turn).clone();
         let dialled = Instant::now();
         let ended = match server.connect().await {
             Ok(channel) => {
-                let ended = follow(channel, &events, || {
+                let mut ended = follow(channel, &events, || {
                     state = LogState::Connected;
                     tracing::info!(node = node_name, server = %server, "connected to the control plane");
                 })
                 .await;
+                if ended.cut && server.is_protected() {
+                    ended.why.push_str(UNEXPLAINED);
+                }
                 if events.send(Event::Lost(ended.why.clone()).into()).await.is_err() {
                     return;
                 }
@@ -184,6 +195,7 @@ async fn follow<E: From<Event>>(
             Err(status) => {
                 let refused = refused(&status);
                 return Ended {
+                    cut: refused.cut && connected.is_some(),
                     useful: ended.useful,
                     away: ended.away.or(refused.away),
                     superseded: ended.superseded || refused.superseded,
@@ -205,6 +217,7 @@ fn refused(status: &tonic::Status) -> Ended {
     let mut ended = Ended::new(format!("{}: {}", status.code(), status.message()));
     if let Some(source) = std::error::Error::source(status) {
         ended.why = format!("{}: {}", ended.why, chain(source));
+        ended.cut = !ended.why.contains("alert");
     }
     ended.superseded = status.code() == Code::AlreadyExists;
     ended

@@ -56,7 +56,7 @@ fn read(flag: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
 }
 
 /// The transport's own text is "transport error"; what people need is below.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut parts = Vec::new();
     let mut next = Some(error);
     while let Some(error) = next {

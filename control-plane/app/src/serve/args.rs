@@ -1,12 +1,12 @@
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::{Parser, ValueEnum};
-use lockstep_server::Tls;
+
+use super::certificates::Files;
 
 /// One control plane per cluster: reads Services, EndpointSlices and Nodes once and streams
 /// versioned service state to the dataplane of every node.
@@ -66,7 +66,8 @@ pub(super) struct TlsArgs {
     )]
     pub(super) insecure: bool,
 
-    /// Certificate chain of the server, PEM
+    /// Certificate chain of the server, PEM. This file and the two below may be renewed at any time:
+    /// new connections use what is there, streams that are up go on
     #[arg(long, env = "LOCKSTEP_TLS_CERT", value_name = "FILE", requires = "tls_key")]
     pub(super) tls_cert: Option<PathBuf>,
 
@@ -134,20 +135,14 @@ impl Args {
 }
 
 impl TlsArgs {
-    /// The certificates; `None` = plaintext.
-    pub(super) fn read(&self) -> anyhow::Result<Option<Tls>> {
-        let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else { return Ok(None) };
-        let client_ca = self.client_ca.as_ref().map(|path| read("--client-ca", path)).transpose()?;
-        Ok(Some(Tls {
-            certificate: read("--tls-cert", certificate)?,
-            key: read("--tls-key", key)?,
-            client_ca,
-        }))
+    /// Where the certificates are; `None` = plaintext.
+    pub(super) fn files(&self) -> Option<Files> {
+        Some(Files {
+            certificate: self.tls_cert.clone()?,
+            key: self.tls_key.clone()?,
+            client_ca: self.client_ca.clone(),
+        })
     }
-}
-
-fn read(flag: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
-    std::fs::read(path).with_context(|| format!("{flag} {}", path.display()))
 }
 
 #[cfg(test)]
@@ -203,13 +198,5 @@ mod tests {
     fn the_command_is_sound() {
         use clap::CommandFactory;
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn an_unreadable_file_is_named_with_its_flag() {
-        let args =
-            parse("--source kubernetes --listen [::]:1 --tls-cert /nonexistent/c --tls-key k").unwrap();
-        let error = format!("{:#}", args.tls.read().unwrap_err());
-        assert_eq!(error, "--tls-cert /nonexistent/c: No such file or directory (os error 2)");
     }
 }

@@ -10,9 +10,12 @@ const AUDIT_SHARE: u32 = 100;
 const AUDIT_STEP: Duration = Duration::from_millis(2);
 /// Between two walks over everything.
 const AUDIT_REST: Duration = Duration::from_secs(60);
-/// A comparison of everything may take one part in this many of a core while somebody keeps
+/// Comparisons of everything may take one part in this many of a core while somebody keeps
 /// disturbing the tables.
 const REPAIR_SHARE: u32 = 4;
+/// So much of the time that comparisons must be apart is given in advance: who disturbs the
+/// tables now and then, or twice in a row, is answered at once.
+const REPAIR_CREDIT: Duration = Duration::from_secs(4);
 /// Backoff of a backend that refuses.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(30);
@@ -26,6 +29,8 @@ pub(super) fn retry(outcomes: u32) -> Duration {
 #[derive(Debug)]
 pub(super) struct Pace {
     look_at: Instant,
+    /// When comparisons will have kept to their share.
+    compared_for: Instant,
     audit_at: Instant,
     program_at: Option<Instant>,
     refusals: u32,
@@ -33,7 +38,7 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn new(now: Instant) -> Self {
-        Self { look_at: now, audit_at: now + AUDIT_REST, program_at: None, refusals: 0 }
+        Self { look_at: now, compared_for: now, audit_at: now + AUDIT_REST, program_at: None, refusals: 0 }
     }
 
     /// True where it is time to look for foreign changes.
@@ -47,7 +52,9 @@ impl Pace {
 
     /// Everything was compared, which took this long.
     pub(super) fn compared(&mut self, took: Duration, now: Instant) {
-        self.look_at = self.look_at.max(now + took * REPAIR_SHARE);
+        self.compared_for = self.compared_for.max(now) + took * REPAIR_SHARE;
+        let credit = REPAIR_CREDIT.min(self.compared_for.saturating_duration_since(now));
+        self.look_at = self.look_at.max(self.compared_for - credit);
     }
 
     /// How long an audit step may take, where one is due.
@@ -116,11 +123,22 @@ mod tests {
 
     #[test]
     fn constant_disturbance_does_not_take_the_core() {
-        let now = Instant::now();
-        let mut pace = Pace::new(now);
-        assert!(pace.look_due(now) && !pace.look_due(now));
-        pace.compared(Duration::from_millis(150), now);
-        assert!(!pace.look_due(now + LOOK_EVERY));
-        assert!(pace.look_due(now + Duration::from_millis(600)));
+        let start = Instant::now();
+        let mut pace = Pace::new(start);
+        assert!(pace.look_due(start) && !pace.look_due(start));
+        let (mut now, mut times) = (start, Vec::new());
+        // Whenever somebody looks, there is something to repair, for four minutes.
+        while now < start + Duration::from_secs(240) {
+            now += LOOK_EVERY;
+            if pace.look_due(now) {
+                now += Duration::from_millis(250);
+                pace.compared(Duration::from_millis(250), now);
+                times.push(now - start);
+            }
+        }
+        // The first few come at once, then it is a quarter of the time.
+        assert!(times[3] < Duration::from_secs(2), "{:?}", &times[..4]);
+        let total = Duration::from_millis(250) * u32::try_from(times.len()).unwrap();
+        assert!(total < Duration::from_secs(240) / REPAIR_SHARE + Duration::from_secs(2), "{total:?}");
     }
 }

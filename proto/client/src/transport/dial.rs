@@ -3,7 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint, Uri};
+
+use super::credentials::{Credentials, CredentialsError, Files};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A dead peer is noticed within the sum of these, below any heartbeat.
@@ -13,22 +15,21 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const WINDOW_BYTES: u32 = 1024 * 1024;
 
 /// How a server is trusted.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub enum Security {
     /// Not at all: plaintext.
     Plaintext,
-    /// By this authority (PEM); with a client certificate and key (PEM), if the server asks.
-    Tls {
-        /// The authority.
-        ca: Vec<u8>,
-        /// Certificate chain and key.
-        identity: Option<(Vec<u8>, Vec<u8>)>,
-    },
+    /// By the certificates in these files, as they are when a connection is made.
+    Tls(Files),
 }
 
-/// Servers that all serve the same cluster. Cheap to clone.
+/// Servers that all serve the same cluster.
 #[derive(Debug, Clone)]
-pub struct Servers(Vec<Server>);
+pub struct Servers {
+    servers: Vec<Server>,
+    /// `None` = plaintext.
+    credentials: Option<Credentials>,
+}
 
 #[derive(Debug, Clone)]
 pub(super) struct Server {
@@ -51,34 +52,52 @@ pub enum ConfigError {
         reason: String,
     },
     /// Certificates or key cannot be used.
-    #[error("TLS for {url}")]
-    Tls {
-        /// The server.
-        url: String,
-        /// Why.
-        #[source]
-        source: tonic::transport::Error,
-    },
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
 }
 
 impl Servers {
-    /// Checks URLs (`https://host:port`; `http://host:port` for plaintext only) and credentials.
-    /// Connects to none.
+    /// Checks URLs (`https://host:port`; `http://host:port` for plaintext only) and reads
+    /// credentials. Connects to none.
     pub fn new(urls: &[String], security: &Security) -> Result<Self, ConfigError> {
         if urls.is_empty() {
             return Err(ConfigError::Empty);
         }
-        urls.iter().map(|url| Server::new(url, security)).collect::<Result<_, _>>().map(Self)
+        let mut servers = urls.iter().map(|url| Server::new(url, security)).collect::<Result<Vec<_>, _>>()?;
+        let credentials = match security {
+            Security::Plaintext => None,
+            Security::Tls(files) => {
+                let (credentials, tls) = Credentials::read(files.clone())?;
+                protect(&mut servers, &tls)?;
+                Some(credentials)
+            }
+        };
+        Ok(Self { servers, credentials })
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.servers.len()
     }
 
-    /// The server whose turn it is.
-    pub(super) fn get(&self, turn: usize) -> &Server {
-        &self.0[turn % self.0.len()]
+    /// The server whose turn it is, to be connected to with the credentials of this moment.
+    pub(super) fn get(&mut self, turn: usize) -> &Server {
+        let servers = &mut self.servers;
+        if let Some(credentials) = &mut self.credentials {
+            credentials.renew(|tls| protect(servers, tls));
+        }
+        &self.servers[turn % self.servers.len()]
     }
+}
+
+/// Makes all servers use these credentials, or none.
+fn protect(servers: &mut [Server], tls: &ClientTlsConfig) -> Result<(), CredentialsError> {
+    let protected = |server: &Server| server.endpoint.clone().tls_config(tls.clone());
+    let endpoints =
+        servers.iter().map(protected).collect::<Result<Vec<_>, _>>().map_err(CredentialsError::Unusable)?;
+    for (server, endpoint) in servers.iter_mut().zip(endpoints) {
+        server.endpoint = endpoint;
+    }
+    Ok(())
 }
 
 impl Server {
@@ -89,8 +108,8 @@ impl Server {
             return Err(fault("a scheme, a host and a port are needed, as in https://host:7443"));
         }
         match (uri.scheme_str(), security) {
-            (Some("http"), Security::Plaintext) | (Some("https"), Security::Tls { .. }) => {}
-            (Some("http"), Security::Tls { .. }) => {
+            (Some("http"), Security::Plaintext) | (Some("https"), Security::Tls(_)) => {}
+            (Some("http"), Security::Tls(_)) => {
                 return Err(fault("http:// is plaintext, which must be asked for"));
             }
             (Some("https"), Security::Plaintext) => {
@@ -98,23 +117,18 @@ impl Server {
             }
             _ => return Err(fault("only https:// and http:// are known")),
         }
-        let mut endpoint = Endpoint::from(uri.clone())
+        let endpoint = Endpoint::from(uri.clone())
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true)
             .initial_connection_window_size(WINDOW_BYTES)
             .initial_stream_window_size(WINDOW_BYTES);
-        if let Security::Tls { ca, identity } = security {
-            let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
-            if let Some((certificate, key)) = identity {
-                tls = tls.identity(Identity::from_pem(certificate, key));
-            }
-            endpoint = endpoint
-                .tls_config(tls)
-                .map_err(|source| ConfigError::Tls { url: url.to_owned(), source })?;
-        }
         Ok(Self { uri, endpoint })
+    }
+
+    pub(super) fn is_protected(&self) -> bool {
+        self.uri.scheme_str() == Some("https")
     }
 
     pub(super) async fn connect(&self) -> Result<Channel, tonic::transport::Error> {
@@ -125,16 +139,5 @@ impl Server {
 impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.uri.fmt(f)
-    }
-}
-
-impl fmt::Debug for Security {
-    /// Without keys.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Security::Plaintext => "Plaintext",
-            Security::Tls { identity: None, .. } => "Tls",
-            Security::Tls { identity: Some(_), .. } => "Tls with a client certificate",
-        })
     }
 }

@@ -14,7 +14,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Event, Security, Servers, run};
+use super::{Event, Files, Security, Servers, run};
 use crate::testing::{self, Server, session};
 
 type Frames = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
@@ -210,7 +210,8 @@ async fn a_refusal_and_an_ended_stream_are_tried_again() {
 #[test]
 fn plaintext_is_only_used_where_it_is_asked_for() {
     let servers = |url: &str, security: &Security| Servers::new(&[url.to_owned()], security);
-    let tls = Security::Tls { ca: Vec::new(), identity: None };
+    let nowhere = Files { ca: "/nonexistent/ca.pem".into(), identity: None };
+    let tls = Security::Tls(nowhere);
     assert!(servers("http://control:7443", &Security::Plaintext).is_ok());
     assert!(servers("http://control:7443", &tls).unwrap_err().to_string().contains("plaintext"));
     assert!(servers("https://control:7443", &Security::Plaintext).is_err());
