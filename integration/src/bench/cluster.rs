@@ -12,6 +12,7 @@ use lockstep_model::{
     Conditions, Endpoint, EndpointPort, EndpointSet, EndpointSetKey, Family, NodeContext, Port, Protocol,
     Service, ServiceKey, ServicePort, ServiceType, TrafficPolicy,
 };
+use lockstep_source::convert::SERVICE_NAME_LABEL;
 use lockstep_store::{Changes, Position, Store};
 use lockstep_wire::batch::{Transaction, UpdateWriter};
 use lockstep_wire::frame::Frame;
@@ -37,8 +38,11 @@ pub struct Upstream {
     store: Store,
     names: Vec<Arc<str>>,
     http: Arc<str>,
-    replaced: u32,
     services: u32,
+    /// How often a Service was given other endpoints.
+    turns: u32,
+    /// Number of the last pod that took another's place.
+    pods: u32,
 }
 
 fn port(number: u16) -> Port {
@@ -47,6 +51,24 @@ fn port(number: u16) -> Port {
 
 fn key(index: u32) -> ServiceKey {
     ServiceKey::new(format!("team-{}", index % 50), format!("service-{index:05}"))
+}
+
+/// What an event replaces.
+#[derive(Debug, Clone, Copy)]
+pub struct Replaced {
+    /// In so many Services,
+    pub services: u32,
+    /// so many endpoints each.
+    pub endpoints: u32,
+}
+
+impl Replaced {
+    /// A single endpoint.
+    pub const ONE: Self = Self { services: 1, endpoints: 1 };
+    /// A thousand endpoints of as many Services: a node that had one of each is gone.
+    pub const SPREAD: Self = Self { services: 1000, endpoints: 1 };
+    /// A thousand endpoints of a hundred Services: all of them are rolled.
+    pub const DENSE: Self = Self { services: 100, endpoints: ENDPOINTS };
 }
 
 /// The address of a pod that takes the place of another.
@@ -61,13 +83,14 @@ impl Upstream {
             store: Store::new(NonZeroU64::MIN, Instant::now()),
             names: (0..NODES).map(|node| format!("node-{node}").into()).collect(),
             http: "http".into(),
-            replaced: 0,
             services,
+            turns: 0,
+            pods: 0,
         };
         let mut changes = Changes::default();
         for index in 0..services {
             changes.upsert(this.service(index));
-            changes.upsert(this.endpoints(index, None));
+            changes.upsert(this.endpoints(index, 0, 0));
         }
         this.store.apply(changes, Instant::now());
         this
@@ -97,13 +120,14 @@ impl Upstream {
         }
     }
 
-    fn endpoints(&self, index: u32, first: Option<Ipv4Addr>) -> EndpointSet {
+    /// The first `replaced` endpoints are the pods from number `from` on.
+    fn endpoints(&self, index: u32, replaced: u32, from: u32) -> EndpointSet {
         let endpoint = |at: u32| {
             let number = index * ENDPOINTS + at;
             let usual = Ipv4Addr::from(PODS_FROM + number + 1);
             let node = usize::try_from(number % NODES).unwrap_or_default();
             Endpoint {
-                address: IpAddr::V4(first.filter(|_| at == 0).unwrap_or(usual)),
+                address: IpAddr::V4(if at < replaced { replacement(from + at) } else { usual }),
                 node_name: Some(self.names[node].clone()),
                 zone: None,
                 conditions: Conditions::READY,
@@ -125,18 +149,46 @@ impl Upstream {
     /// The objects of one Service as they were loaded; or with the first endpoint replaced by the
     /// pod of that number.
     pub fn objects(&self, index: u32, replaced: Option<u32>) -> (Service, EndpointSet) {
-        (self.service(index), self.endpoints(index, replaced.map(replacement)))
+        let from = replaced.unwrap_or_default();
+        (self.service(index), self.endpoints(index, u32::from(replaced.is_some()), from))
     }
 
-    /// The event that one endpoint of each of `services` Services is replaced by another pod.
-    pub fn replace(&mut self, services: u32) -> Changes {
+    /// The event that endpoints are replaced by other pods.
+    pub fn replace(&mut self, what: Replaced) -> Changes {
         let mut changes = Changes::default();
-        for _ in 0..services {
-            self.replaced += 1;
-            let index = self.replaced.wrapping_mul(7919) % self.services;
-            changes.upsert(self.endpoints(index, Some(replacement(self.replaced))));
+        for _ in 0..what.services {
+            changes.upsert(self.next_replaced(what.endpoints));
         }
         changes
+    }
+
+    /// The next Service's endpoints, so many of them replaced.
+    fn next_replaced(&mut self, endpoints: u32) -> EndpointSet {
+        self.turns = self.turns.wrapping_add(1);
+        self.pods = self.pods.wrapping_add(endpoints);
+        self.endpoints(self.turns.wrapping_mul(7919) % self.services, endpoints, self.pods)
+    }
+
+    /// The EndpointSlice that an API server sends when one endpoint is replaced, as JSON.
+    pub fn watched_slice(&mut self) -> String {
+        let set = self.next_replaced(1);
+        let endpoints: Vec<_> = set.endpoints.iter().map(watched_endpoint).collect();
+        let EndpointSetKey { service, slice } = &set.key;
+        serde_json::json!({
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "namespace": *service.namespace,
+                "name": **slice,
+                "uid": "5f0c3fb4-8d6c-4c5e-9a4e-0a4c1b1f3f52",
+                "resourceVersion": self.turns.to_string(),
+                "labels": {SERVICE_NAME_LABEL: *service.name},
+            },
+            "addressType": "IPv4",
+            "ports": [{"name": "http", "protocol": "TCP", "port": 8080}],
+            "endpoints": endpoints,
+        })
+        .to_string()
     }
 
     /// Takes an event in and makes the frames for a stream that was at the head.
@@ -178,6 +230,16 @@ impl Upstream {
         frames.extend(writer.finish());
         Ok(bytes(frames))
     }
+}
+
+fn watched_endpoint(endpoint: &Endpoint) -> serde_json::Value {
+    let pod = format!("pod-{}", endpoint.address);
+    serde_json::json!({
+        "addresses": [endpoint.address],
+        "conditions": {"ready": true, "serving": true, "terminating": false},
+        "nodeName": endpoint.node_name.as_deref(),
+        "targetRef": {"kind": "Pod", "namespace": "default", "name": pod, "uid": "9d1f0a55-6c39-4a77-8b0e-7f6f1f0e3c11"},
+    })
 }
 
 fn writer(from: Option<Position>, to: Position) -> Result<UpdateWriter> {

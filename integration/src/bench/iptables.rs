@@ -9,7 +9,7 @@ use lockstep_kernel::exec::{ExecError, Output, Processes, Run};
 use lockstep_kernel::netns;
 use lockstep_view::Backend;
 
-use super::cluster::Upstream;
+use super::cluster::{Replaced, Upstream};
 use super::node::{session, view};
 
 /// What one size gives.
@@ -120,7 +120,7 @@ fn program(services: u32, flavour: Flavour, changes: usize, measured: &mut Measu
             Ok(())
         })?);
         for _ in 0..changes {
-            let event = upstream.replace(1);
+            let event = upstream.replace(Replaced::ONE);
             let frames = upstream.publish(event)?;
             measured.change.push(timed.share(|| {
                 let services = super::node::take(&mut session, frames)?;

@@ -12,7 +12,7 @@ use lockstep_model::{NodeContext, ServiceKey, State};
 use lockstep_view::{Backend, View, ViewConfig};
 use lockstep_wire::{batch, v1};
 
-use super::cluster::{CLUSTER_CIDR, NODE, Upstream};
+use super::cluster::{CLUSTER_CIDR, NODE, Replaced, Upstream};
 use super::raw::Copy;
 
 /// Times of the two, one pair per repetition.
@@ -53,12 +53,23 @@ pub struct Measured {
     pub planning: Vec<Duration>,
     /// One endpoint replaced, from the frame's bytes to committed.
     pub swap: Times,
-    /// One endpoint in each of a thousand Services replaced in one transaction.
-    pub burst: Times,
-    /// The raw limit's bursts back to back, with nothing between them that empties the caches.
-    pub raw_alone: Vec<Duration>,
+    /// [`Replaced::SPREAD`] in one transaction.
+    pub spread: Times,
+    /// [`Replaced::DENSE`] in one transaction.
+    pub dense: Times,
+    /// The raw limit's bursts back to back: nothing between them empties the caches.
+    pub raw_alone: RawAlone,
     /// Elements in the kernel.
     pub elements: usize,
+}
+
+/// A thousand elements of one map, swapped raw.
+#[derive(Debug, Default)]
+pub struct RawAlone {
+    /// Elements from all over the map.
+    pub scattered: Vec<Duration>,
+    /// Elements in the order in which the map was filled.
+    pub in_order: Vec<Duration>,
 }
 
 /// The parts of an agent that stand between the stream and the kernel.
@@ -191,22 +202,24 @@ pub fn measure(services: u32, loads: usize, swaps: usize, bursts: usize) -> Resu
             let mut kernel = Kernel::open()?;
             copy.write(&mut kernel)?;
             let mut raw = copy.endpoints()?;
-            for (times, count, repetitions) in
-                [(&mut measured.swap, 1, swaps), (&mut measured.burst, 1000, bursts)]
-            {
+            for (times, what, repetitions) in [
+                (&mut measured.swap, Replaced::ONE, swaps),
+                (&mut measured.spread, Replaced::SPREAD, bursts),
+                (&mut measured.dense, Replaced::DENSE, bursts),
+            ] {
+                let (runs, length) = (usize::try_from(what.services)?, usize::try_from(what.endpoints)?);
                 for _ in 0..repetitions {
-                    let event = upstream.replace(u32::try_from(count)?);
+                    let event = upstream.replace(what);
                     let frames = upstream.publish(event)?;
                     node.receive(frames, times)?;
-                    let start = Instant::now();
-                    raw.swap(&mut kernel, count)?;
-                    times.raw.push(start.elapsed());
+                    times.raw.push(raw.swap(&mut kernel, runs, length)?);
                 }
             }
             for _ in 0..bursts {
-                let start = Instant::now();
-                raw.swap(&mut kernel, 1000)?;
-                measured.raw_alone.push(start.elapsed());
+                measured.raw_alone.scattered.push(raw.swap(&mut kernel, 1000, 1)?);
+            }
+            for _ in 0..bursts {
+                measured.raw_alone.in_order.push(raw.swap(&mut kernel, 1, 1000)?);
             }
             Ok(())
         })?

@@ -2,6 +2,8 @@
 //! knows nothing of Services. What it writes is read from the kernel after Lockstep wrote it,
 //! so both leave exactly the same tables, chains, rules, sets and elements.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 use lockstep_kernel::nf_tables::{
     self, Batch, Chain, ElementOp, Family, Kernel, Netfilter, Rule, Set, Step, put_key, put_mapping,
@@ -144,19 +146,26 @@ pub struct Endpoints {
 }
 
 impl Endpoints {
-    /// Replaces the data of `count` elements in one transaction.
-    pub fn swap(&mut self, kernel: &mut Kernel, count: usize) -> Result<()> {
+    /// Replaces the data of elements in one transaction: `runs` times as many as `length` that are
+    /// neighbours by key. Returns how long that took.
+    pub fn swap(&mut self, kernel: &mut Kernel, runs: usize, length: usize) -> Result<Duration> {
+        let start = Instant::now();
+        let count = runs * length;
         let (mut old, mut new) = (Vec::with_capacity(count * 48), Vec::with_capacity(count * 64));
-        for _ in 0..count {
-            self.at = (self.at + 7919) % self.pairs.len();
-            let (key, data) = &mut self.pairs[self.at];
-            data[3] ^= 0x80;
-            put_key(&mut old, key);
-            put_mapping(&mut new, key, data);
+        for _ in 0..runs {
+            self.at = (self.at + 7919 * length) % self.pairs.len();
+            for offset in 0..length {
+                let at = (self.at + offset) % self.pairs.len();
+                let (key, data) = &mut self.pairs[at];
+                data[3] ^= 0x80;
+                put_key(&mut old, key);
+                put_mapping(&mut new, key, data);
+            }
         }
         self.batch.clear();
         self.batch.elements(ElementOp::Delete, self.family, TABLE, &self.map, &old);
         self.batch.elements(ElementOp::Add, self.family, TABLE, &self.map, &new);
-        kernel.commit(self.batch.finish()).context("raw swap")
+        kernel.commit(self.batch.finish()).context("raw swap")?;
+        Ok(start.elapsed())
     }
 }

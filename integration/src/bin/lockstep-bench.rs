@@ -71,7 +71,14 @@ fn on_node(report: &mut Report) -> Result<()> {
                 measured.elements
             );
             report.at_most("full programming, 10,000 x 10", ratio(full, limit), 1.5, "x", &detail);
-            burst(report, &measured.burst, "10,000 x 10", median(&measured.raw_alone));
+            let raw = &measured.raw_alone;
+            let alone = format!(
+                "; raw back to back {}, in the order of the map {}",
+                text(median(&raw.scattered)),
+                text(median(&raw.in_order))
+            );
+            burst(report, "100 Services, 10,000 x 10", &measured.dense, "");
+            burst(report, "1,000 Services, 10,000 x 10", &measured.spread, &alone);
         }
         let work = format!("one endpoint replaced, {services} x 10, p50");
         let detail = format!(" ({} : {})", text(swap), text(raw));
@@ -83,7 +90,7 @@ fn on_node(report: &mut Report) -> Result<()> {
 
 /// A burst starts where its bytes are received. What comes after the session is shown by itself,
 /// because that is where full programming starts.
-fn burst(report: &mut Report, burst: &Times, size: &str, alone: Duration) {
+fn burst(report: &mut Report, of: &str, burst: &Times, alone: &str) {
     let raw = median(&burst.raw);
     let programming = median(&burst.programming());
     let node::Stages { session, view, backend } = &burst.stages;
@@ -94,17 +101,11 @@ fn burst(report: &mut Report, burst: &Times, size: &str, alone: Duration) {
         text(median(view)),
         text(median(backend))
     );
-    let work = format!("burst of 1,000 endpoints, {size}, decoded to committed");
+    let work = format!("burst of 1,000 endpoints of {of}, decoded to committed");
     report.at_most(work, ratio(programming, raw), 2.0, "x", &detail);
     let whole = median(&burst.lockstep);
-    let detail = format!(
-        " ({} : {}; session {}; raw back to back {})",
-        text(whole),
-        text(raw),
-        text(median(session)),
-        text(alone)
-    );
-    let work = format!("burst of 1,000 endpoints, {size}, received to committed");
+    let detail = format!(" ({} : {}; session {}{alone})", text(whole), text(raw), text(median(session)));
+    let work = format!("burst of 1,000 endpoints of {of}, received to committed");
     report.at_most(work, ratio(whole, raw), 2.0, "x", &detail);
 }
 
