@@ -77,6 +77,7 @@ fn identity(name: &str) -> Identity {
     Identity {
         node_name: name.into(),
         instance_id: format!("{name}-{:016x}", fastrand::u64(..)),
+        started: std::time::SystemTime::now(),
         boot_id: String::new(),
         agent_version: "follower".into(),
         backend: v1::Backend { kind: v1::BackendKind::External.into(), ..Default::default() },

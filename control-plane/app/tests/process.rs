@@ -54,6 +54,56 @@ fn a_wrong_command_line_is_exit_code_2() {
 }
 
 #[test]
+fn plaintext_can_be_asked_for_by_the_environment_in_every_usual_word() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let source = directory();
+    for (value, code, says) in [
+        ("1", 1, "Address already in use"),
+        ("true", 1, "Address already in use"),
+        ("0", 2, "one of --tls-cert FILE (with --tls-key) and --insecure is needed"),
+        ("perhaps", 2, "--insecure"),
+    ] {
+        let mut command = control_plane(&["--source", &source, "--listen", &address]);
+        let output = command.env("LOCKSTEP_INSECURE", value).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{value}: {error}");
+        assert!(error.contains(says), "{value}: {error}");
+    }
+    // The port is that of somebody who does not answer: what matters is how far it comes.
+    drop(taken);
+    for (value, code, says) in [("1", 1, "Connection refused"), ("0", 2, "plaintext needs --insecure")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lockstepctl"));
+        command.args(["--server", &format!("http://{address}"), "status"]);
+        let output = command.env("LOCKSTEP_INSECURE", value).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{value}: {error}");
+        assert!(error.contains(says), "{value}: {error}");
+    }
+}
+
+#[test]
+fn options_of_lockstepctl_come_from_the_environment_too() {
+    for (call, name) in [
+        (&["wait"][..], "LOCKSTEP_TIMEOUT"),
+        (&["wait"], "LOCKSTEP_LEVEL"),
+        (&["watch"], "LOCKSTEP_INTERVAL"),
+        (&["status"], "LOCKSTEP_OUTPUT"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lockstepctl"));
+        let output = command.args(call).env(name, "nonsense").output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{name}: {error}");
+        assert!(error.contains("nonsense"), "{name}: {error}");
+    }
+    for call in ["services", "failures"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lockstepctl"));
+        let help = command.args([call, "--help"]).output().unwrap().stdout;
+        assert!(String::from_utf8(help).unwrap().contains("LOCKSTEP_NAMESPACE"), "{call}");
+    }
+}
+
+#[test]
 fn a_port_that_is_taken_is_named_and_exit_code_1() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();

@@ -11,9 +11,6 @@ use lockstep_store::{
 use lockstep_wire::{convert, v1};
 use prost_types::Timestamp;
 
-/// Most failures kept of one report.
-const MAX_FAILURES: usize = 256;
-
 /// Most bytes kept of one text for people.
 const MAX_TEXT: usize = 512;
 
@@ -77,6 +74,7 @@ pub(crate) fn facts(hello: v1::Hello, peer: String, resume: Resume) -> Result<Fa
     Ok(Facts {
         node_name: hello.node_name.into(),
         instance_id: hello.instance_id,
+        started: hello.started_at.and_then(|at| SystemTime::try_from(at).ok()),
         agent_version: shorten(hello.agent_version),
         backend: BackendFacts {
             kind: backend.kind,
@@ -88,22 +86,14 @@ pub(crate) fn facts(hello: v1::Hello, peer: String, resume: Resume) -> Result<Fa
     })
 }
 
-/// A report. Too many failures and too long texts are cut: a report is about the node's state,
-/// and a verbose node must not lose its stream over it.
+/// A report. Too long texts are cut, and a failure whose resource cannot be read is kept without
+/// one: a report is about the node's state, and no node must lose its stream over one line of it.
 pub(crate) fn report(ack: v1::Ack) -> Result<Report, InvalidField> {
     let position = ack.position.ok_or_else(|| InvalidField {
         field: "ack.position".into(),
         value: String::new(),
         reason: "is missing".into(),
     })?;
-    let cut = ack.failures.len().saturating_sub(MAX_FAILURES);
-    let failures = ack.failures.into_iter().take(MAX_FAILURES).enumerate();
-    let failures = failures.map(|(index, failure)| {
-        self::failure(failure).map_err(|fault| InvalidField {
-            field: format!("ack.failures[{index}].ref.{}", fault.field),
-            ..fault
-        })
-    });
     Ok(Report {
         epoch: position.epoch,
         levels: Levels {
@@ -113,8 +103,8 @@ pub(crate) fn report(ack: v1::Ack) -> Result<Report, InvalidField> {
         },
         outcome: outcome(v1::Outcome::try_from(ack.outcome).unwrap_or_default()),
         digest: Digest::from_bytes(&position.digest),
-        failures: failures.collect::<Result<_, _>>()?,
-        failures_truncated: ack.failures_truncated.saturating_add(u32::try_from(cut).unwrap_or(u32::MAX)),
+        failures: ack.failures.into_iter().map(failure).collect(),
+        failures_truncated: ack.failures_truncated,
         backend_error: shorten(ack.backend_error),
         pass: ack.stats.map(pass),
         drift_repairs: ack.drift_repairs,
@@ -126,10 +116,23 @@ fn reached(seq: u64) -> Option<u64> {
     (seq != 0).then_some(seq)
 }
 
-fn failure(failure: v1::ResourceFailure) -> Result<Failure, InvalidField> {
-    let (in_force, class) = (failure.in_force(), failure.reason());
-    let (key, version) = convert::key_from_wire(&failure.r#ref.unwrap_or_default())?;
-    Ok(Failure {
+fn failure(failure: v1::ResourceFailure) -> Failure {
+    let (in_force, reason) = (failure.in_force(), failure.reason());
+    let (mut class, mut message) = (class_from_wire(reason), failure.message);
+    let (key, version) = match failure.r#ref.as_ref().map(convert::key_from_wire) {
+        Some(Ok((key, version))) => (Some(key), version),
+        // The node could not read the key, or does not know the kind: that has no name here either.
+        None => (None, None),
+        Some(Err(fault)) => {
+            message = format!("{message} (ref.{fault})");
+            // Without a key, UNSUPPORTED would say that no Service is concerned.
+            if class == FailureClass::Unsupported {
+                class = FailureClass::Unknown;
+            }
+            (None, None)
+        }
+    };
+    Failure {
         key,
         version,
         in_force: match in_force {
@@ -138,12 +141,12 @@ fn failure(failure: v1::ResourceFailure) -> Result<Failure, InvalidField> {
             v1::InForce::Previous => InForce::Previous,
             v1::InForce::Part => InForce::Part,
         },
-        class: class_from_wire(class),
-        message: Arc::from(shorten(failure.message)),
+        class,
+        message: Arc::from(shorten(message)),
         retrying: failure.retrying,
         attempts: failure.attempts,
         first_seen: failure.first_seen.and_then(|at| SystemTime::try_from(at).ok()),
-    })
+    }
 }
 
 fn outcome(outcome: v1::Outcome) -> Outcome {
@@ -181,7 +184,7 @@ pub(crate) fn pass_to_wire(pass: Pass) -> v1::ProgrammingStats {
 
 pub(crate) fn failure_to_wire(failure: &Failure) -> v1::ResourceFailure {
     v1::ResourceFailure {
-        r#ref: Some(convert::key_to_wire(&failure.key, failure.version)),
+        r#ref: failure.key.as_ref().map(|key| convert::key_to_wire(key, failure.version)),
         in_force: match failure.in_force {
             InForce::Unknown => v1::InForce::Unspecified,
             InForce::Nothing => v1::InForce::Nothing,

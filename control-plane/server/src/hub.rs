@@ -294,7 +294,7 @@ impl Hub {
         let held = hello.held.clone();
         let mut shared = self.lock();
         shared.check_serving()?;
-        let (resume, cursor, at_least) = shared.resume(held.as_ref());
+        let (resume, cursor, at_least) = shared.resume(held.as_ref(), &hello.position_digest);
         let facts = convert::facts(hello, peer, resume).map_err(invalid)?;
         let connected = match shared.nodes.connect(facts.clone(), Instant::now()) {
             Ok(connected) => connected,
@@ -496,7 +496,11 @@ impl Shared {
     ///
     /// The digest counts, because it means the same on every server. A seq counts only where
     /// it is of this epoch and nothing remembered contradicts the digest that came with it.
-    fn resume(&self, held: Option<&v1::Position>) -> (Resume, Option<Position>, u64) {
+    ///
+    /// A client that could not take everything in holds another digest than that of the state it
+    /// was brought to, which it names in `stated`. It is continued from there and never taken for
+    /// complete: what it lacks it asks for, and what changes comes anyway.
+    fn resume(&self, held: Option<&v1::Position>, stated: &[u8]) -> (Resume, Option<Position>, u64) {
         let head = self.store.head();
         let Some(held) = held else { return (Resume::Full, None, 0) };
         let ours = held.epoch == head.epoch && held.seq <= head.seq;
@@ -505,12 +509,14 @@ impl Shared {
         if digest == head.digest {
             return (Resume::InSync, Some(head), head.seq);
         }
-        let by_digest = self.store.seq_of(digest).and_then(|seq| self.store.position_at(seq));
+        let remembered = |digest| self.store.seq_of(digest).and_then(|seq| self.store.position_at(seq));
+        let reached = Digest::from_bytes(stated).unwrap_or(digest);
         let by_seq = || {
-            let claimed = Position { seq: held.seq, digest, resources: 0, ..head };
+            let claimed = Position { seq: held.seq, digest: reached, resources: 0, ..head };
             (ours && self.store.position_at(held.seq).is_none()).then_some(claimed)
         };
-        let cursor = by_digest.or_else(by_seq).filter(|cursor| self.store.reaches(cursor.seq));
+        let cursor = remembered(digest).or_else(|| remembered(reached)).or_else(by_seq);
+        let cursor = cursor.filter(|cursor| self.store.reaches(cursor.seq));
         let resume = if cursor.is_some() { Resume::Delta } else { Resume::Full };
         (resume, cursor, at_least)
     }

@@ -131,6 +131,11 @@ impl Pending {
                     self.since.get_or_insert_with(Instant::now);
                 }
                 self.changes.merge(changes);
+                if self.changes.is_empty() {
+                    // Nothing waits, so the head is as new as the watches are: said at once, or a
+                    // quiet cluster would look as old as its last change. Publishes nothing.
+                    self.publish(hub);
+                }
             }
             Input::Synced => {
                 self.synced = true;
@@ -199,6 +204,32 @@ impl Pacer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_quiet_cluster_says_how_fresh_it_is_and_a_busy_one_does_not_run_ahead() {
+        let hub = Hub::new(crate::Config::default());
+        let mut pending = Pending::default();
+        pending.take(&hub, Input::Synced);
+        let mut say = |version: &str, variant: Option<u8>| {
+            let mut changes = Changes::default();
+            changes.revision("services", version);
+            if let Some(variant) = variant {
+                changes.upsert(crate::testing::service("web", variant));
+            }
+            pending.take(&hub, Input::Changes { changes, nodes: vec![], quarantine: vec![] });
+            let shared = hub.lock();
+            let head = shared.position(shared.store.head().seq);
+            let revisions: Vec<_> = head.source_revisions.into_iter().map(|it| it.resource_version).collect();
+            (head.seq, revisions.join(" "), pending.is_publishable())
+        };
+        assert_eq!(say("10", None), (1, "10".to_owned(), false), "no transaction, and known");
+        assert_eq!(say("11", Some(1)), (1, "10".to_owned(), true));
+        assert_eq!(say("12", None), (1, "10".to_owned(), true), "the head does not have what is in 11");
+        pending.publish(&hub);
+        let shared = hub.lock();
+        let head = shared.position(shared.store.head().seq);
+        assert_eq!((head.seq, head.source_revisions[0].resource_version.as_str()), (2, "12"));
+    }
 
     #[test]
     fn idle_is_at_once_and_churn_widens_the_window() {

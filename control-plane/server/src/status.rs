@@ -125,7 +125,8 @@ impl StatusService for StatusQueries {
 
 /// Node failures grouped by resource and reason, and the quarantine.
 fn failures(shared: &Shared, namespace: &str, class: v1::FailureReason) -> v1::ListFailuresResponse {
-    let mut groups: BTreeMap<(&Key, v1::FailureReason), v1::FailureGroup> = BTreeMap::new();
+    // What has no key is told apart by its message.
+    let mut groups: BTreeMap<(Option<&Key>, &str, v1::FailureReason), v1::FailureGroup> = BTreeMap::new();
     let mut failed_nodes = Vec::new();
     for (name, node) in shared.nodes.iter(None) {
         if !node.backend_error().is_empty() {
@@ -133,13 +134,16 @@ fn failures(shared: &Shared, namespace: &str, class: v1::FailureReason) -> v1::L
         }
         for failure in node.failures() {
             let reason = convert::class_to_wire(failure.class);
-            let wanted = (namespace.is_empty() || *failure.key.service().namespace == *namespace)
+            let key = failure.key.as_ref();
+            let wanted = (namespace.is_empty()
+                || key.is_some_and(|key| *key.service().namespace == *namespace))
                 && (class == v1::FailureReason::Unspecified || class == reason);
             if !wanted {
                 continue;
             }
-            let group = groups.entry((&failure.key, reason)).or_insert_with(|| v1::FailureGroup {
-                r#ref: Some(lockstep_wire::convert::key_to_wire(&failure.key, failure.version)),
+            let nameless = if key.is_none() { &*failure.message } else { "" };
+            let group = groups.entry((key, nameless, reason)).or_insert_with(|| v1::FailureGroup {
+                r#ref: key.map(|key| lockstep_wire::convert::key_to_wire(key, failure.version)),
                 reason: reason.into(),
                 sample_message: failure.message.to_string(),
                 ..Default::default()

@@ -239,6 +239,7 @@ impl Batch {
         }
     }
 
+    /// Says nothing to the log: whoever keeps the quarantine does, once the last word is known.
     /// `told`: the object was in quarantine before, for another reason.
     pub(crate) fn quarantine(
         &mut self,
@@ -247,17 +248,10 @@ impl Batch {
         previous_in_force: bool,
         told: bool,
     ) {
-        tracing::warn!(
-            kind = object.kind,
-            name = object.name,
-            previous_in_force,
-            "object is in quarantine: {fault}"
-        );
         self.quarantine.put(object, (fault, previous_in_force), told);
     }
 
     pub(crate) fn release(&mut self, object: ObjectName) {
-        tracing::info!(kind = object.kind, name = object.name, "object has left quarantine");
         self.quarantine.take(object);
     }
 

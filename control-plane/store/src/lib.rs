@@ -10,7 +10,7 @@
 //! [`Store`] is an index of the latest content by key and by the transaction that changed it
 //! last. A stream is a cursor into the second one: whatever happened between a cursor and the
 //! head, [`Store::delta`] names every key once, with its latest content. So a slow node
-//! coalesces for free, and memory depends on the state, never on the slowest node.
+//! coalesces for free, and what is kept here depends on the state, never on the slowest node.
 //! A change costs what it touches: digest, counters and indices are kept, not recomputed.
 //!
 //! Everything here is synchronous and takes the time as an argument. This crate knows no

@@ -9,11 +9,13 @@ use lockstep_model::{Digest, Interner, NodeContext, ServiceKey};
 
 use crate::Store;
 
+mod failures;
 mod report;
 mod tally;
 #[cfg(test)]
 mod tests;
 
+use failures::Unlisted;
 pub use report::{
     BackendFacts, Facts, Failure, FailureClass, InForce, Level, Levels, Outcome, Pass, Report, Resume,
 };
@@ -21,13 +23,6 @@ use tally::{Share, Tally};
 
 /// How many instances that lost their stream to another one are remembered per node.
 const OUSTED: usize = 64;
-
-/// How many failures are kept over all nodes before a node's list is cut to
-/// [`FAILURES_WHEN_MANY`]. Bounds memory when everything fails everywhere.
-const FAILURES_KEPT: usize = 100_000;
-
-/// How many failures of one node are kept when there are too many.
-const FAILURES_WHEN_MANY: usize = 16;
 
 /// Tells streams apart; never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -42,7 +37,8 @@ pub struct Nodes {
     next_stream: u64,
     tally: Tally,
     failures: usize,
-    messages: Interner,
+    /// Messages, and names of Services that fail.
+    names: Interner,
     converged: Option<(u64, Duration)>,
 }
 
@@ -56,6 +52,7 @@ pub struct Node {
     superseded: u32,
     levels: Levels,
     report: Option<Report>,
+    unlisted: Unlisted,
     last_seen: Option<Instant>,
     /// Since when it has not been verified at the head; for a node that was verified at a
     /// head and is still there, the tally knows.
@@ -106,7 +103,7 @@ pub struct Connected {
 pub enum ConnectError {
     /// Two programs run under one node name; the one started last has the stream.
     #[error(
-        "node {node}: instance {instance:?} was superseded by instance {successor:?} at {peer}, which is connected; \
+        "node {node}: instance {instance:?} is older than instance {successor:?} at {peer}, which is connected; \
          two agents with one node name?"
     )]
     Superseded {
@@ -212,6 +209,7 @@ impl Node {
             superseded: 0,
             levels: Levels::default(),
             report: None,
+            unlisted: Unlisted::default(),
             last_seen: None,
             behind_since: Some(now),
         }
@@ -252,7 +250,7 @@ impl Node {
         self.last_seen
     }
 
-    /// What it reports as not in force.
+    /// What it reports as not in force, as far as it is listed.
     pub fn failures(&self) -> &[Failure] {
         self.report.as_ref().map_or(&[], |report| &report.failures)
     }
@@ -262,13 +260,24 @@ impl Node {
         self.report.as_ref().map_or("", |report| &report.backend_error)
     }
 
-    /// True where it reports a failure for the Service or one of its endpoint sets.
-    pub fn fails(&self, service: &ServiceKey) -> bool {
-        self.failures().iter().any(|failure| failure.key.service() == service)
+    /// The Services that it reports failures of, listed or not, each at least once.
+    pub fn failing_services(&self) -> impl Iterator<Item = &ServiceKey> {
+        let listed = self.failures().iter().filter_map(|failure| failure.key.as_ref());
+        listed.map(|key| key.service()).chain(self.unlisted.services())
     }
 
-    fn degraded(&self) -> bool {
-        !self.failures().is_empty() || !self.backend_error().is_empty()
+    /// True where it reports a failure of the Service or one of its endpoint sets, or one that
+    /// may be: it has no key, or the node has not listed it.
+    pub fn may_fail(&self, service: &ServiceKey) -> bool {
+        self.failures().iter().any(|failure| failure.may_concern(service))
+            || self.unlisted.may_concern(service)
+    }
+
+    /// True where it reports failures, or a backend that cannot program.
+    pub fn degraded(&self) -> bool {
+        self.report.as_ref().is_some_and(|report| {
+            !report.failures.is_empty() || report.failures_truncated > 0 || !report.backend_error.is_empty()
+        })
     }
 
     fn share(&self) -> Share {
@@ -309,13 +318,12 @@ impl Nodes {
     }
 
     /// Lets a stream in. The newest process of a node name has the stream: it ends the stream
-    /// of another one, and that one is refused for as long as its successor is connected.
+    /// of an older one, and that one is refused for as long as its successor is connected.
     pub fn connect(&mut self, facts: Facts, now: Instant) -> Result<Connected, ConnectError> {
         let name = facts.node_name.clone();
         if let Some(node) = self.nodes.get(&name)
             && let (Some(_), Some(live)) = (node.stream, &node.session)
-            && live.facts.instance_id != facts.instance_id
-            && node.ousted.contains(&facts.instance_id)
+            && node.is_older(&facts, &live.facts)
         {
             return Err(ConnectError::Superseded {
                 node: name,
@@ -392,10 +400,11 @@ impl Nodes {
         {
             return Err(AckError::OtherDigest { seq, digest, ours: published.digest });
         }
-        self.share_messages(&mut report);
+        let unlisted = self.take_failures(&mut report);
         self.change(&name, now, |node| {
             node.levels = levels;
             node.report = Some(report);
+            node.unlisted = unlisted;
             node.behind_since = match levels.verified == Some(head.seq) {
                 true => None,
                 false => node.behind_since.or(Some(now)),
@@ -471,13 +480,14 @@ impl Nodes {
     }
 
     /// How many expected nodes have reached `seq` at `level` and do not report `service`
-    /// (`None` = anything) as failed. Names at most `limit` of the others. A node without a
-    /// stream is one of them, whatever it reported last: nobody knows what its kernel has now.
+    /// (`None` = anything) as failed, nor anything that may be it. Names at most `limit` of the
+    /// others. A node without a stream is one of them, whatever it reported last: nobody knows
+    /// what its kernel has now.
     pub fn progress(&self, seq: u64, level: Level, service: Option<&ServiceKey>, limit: usize) -> Progress {
         let mut progress = Progress { expected: self.tally.expected, done: 0, laggards: Vec::new() };
         for (name, node) in &self.nodes {
             let fails = match service {
-                Some(service) => node.fails(service),
+                Some(service) => node.may_fail(service),
                 None => level != Level::Received && node.degraded(),
             };
             if node.connected() && node.levels.at(level) >= Some(seq) && !fails {
@@ -518,23 +528,35 @@ impl Nodes {
         }
     }
 
-    /// One broken Service fails with one message on thousands of nodes.
-    fn share_messages(&mut self, report: &mut Report) {
-        if self.failures > FAILURES_KEPT && report.failures.len() > FAILURES_WHEN_MANY {
-            let cut = u32::try_from(report.failures.len() - FAILURES_WHEN_MANY).unwrap_or(u32::MAX);
-            report.failures.truncate(FAILURES_WHEN_MANY);
-            report.failures_truncated = report.failures_truncated.saturating_add(cut);
-        }
+    /// One broken Service fails with one message on thousands of nodes: it is kept once.
+    fn take_failures(&mut self, report: &mut Report) -> Unlisted {
+        let many = self.failures > failures::LISTED_IN_ALL;
+        let limit = if many { failures::LISTED_WHEN_MANY } else { failures::LISTED };
+        let unlisted = Unlisted::cut(report, limit, &mut self.names);
         for failure in &mut report.failures {
-            failure.message = self.messages.intern(&failure.message);
+            failure.message = self.names.intern(&failure.message);
         }
         if report.failures.is_empty() && self.failures == 0 {
-            self.messages.shrink();
+            self.names.shrink();
         }
+        unlisted
     }
 }
 
 impl Node {
+    /// True where the newcomer is of an older process than the live one. By what both say of
+    /// their start: whoever connects first, after a restart of this process or ever, decides
+    /// nothing. Where they do not say, one that lost its stream to another is the older.
+    fn is_older(&self, newcomer: &Facts, live: &Facts) -> bool {
+        if newcomer.instance_id == live.instance_id {
+            return false;
+        }
+        match (newcomer.started, live.started) {
+            (Some(newcomer), Some(live)) if newcomer != live => newcomer < live,
+            _ => self.ousted.contains(&newcomer.instance_id),
+        }
+    }
+
     /// Draws the line between two sessions. What another process reported says nothing about
     /// what this one has in its kernel.
     fn succeed(&mut self, before: Option<Streaming>, ended: bool, now: Instant) {
@@ -545,6 +567,7 @@ impl Node {
         self.levels = Levels::default();
         self.behind_since.get_or_insert(now);
         self.report = None;
+        self.unlisted = Unlisted::default();
         if ended {
             self.superseded += 1;
             if self.ousted.len() == OUSTED {

@@ -93,6 +93,7 @@ pub(super) fn session(greeting: Vec<Bytes>) -> Result<Session> {
         Identity {
             node_name: NODE.into(),
             instance_id: "bench".to_owned(),
+            started: std::time::SystemTime::now(),
             boot_id: String::new(),
             agent_version: "bench".to_owned(),
             backend: v1::Backend::default(),

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use lockstep_client::cache::{Cache, CacheError, Restored};
@@ -180,6 +180,7 @@ fn identity(config: &Config, description: &Description) -> Identity {
     Identity {
         node_name: config.node_name.as_str().into(),
         instance_id: instance_id(),
+        started: SystemTime::now(),
         boot_id: boot_id.trim().to_owned(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         features: features.collect(),
@@ -196,5 +197,5 @@ fn identity(config: &Config, description: &Description) -> Identity {
 fn instance_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/uuid")
         .map(|uuid| uuid.trim().to_owned())
-        .unwrap_or_else(|_| format!("{}-{:?}", std::process::id(), std::time::SystemTime::now()))
+        .unwrap_or_else(|_| format!("{}-{:?}", std::process::id(), SystemTime::now()))
 }

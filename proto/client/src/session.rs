@@ -29,7 +29,7 @@ use lockstep_model::{
 use lockstep_wire::{convert, raw, v1};
 
 use crate::{Position, Report};
-use fault::{Fault, Faults};
+use fault::{Fault, Faults, Missing};
 pub(crate) use replay::Replay;
 use transaction::Transaction;
 
@@ -53,6 +53,8 @@ pub struct Identity {
     pub node_name: Arc<str>,
     /// Random per process, 1 to 64 bytes.
     pub instance_id: String,
+    /// When the process started: of two that claim one node, the later one has the stream.
+    pub started: SystemTime,
     /// Boot id of the machine; empty = unknown.
     pub boot_id: String,
     /// Version of the client program, for people.
@@ -253,9 +255,11 @@ impl Session {
         features.sort_unstable();
         // The digest of what is really held: a resource that could not be taken in is missing
         // from it, so no server takes this client for complete.
-        let held = self
-            .position
-            .map(|position| Position { digest: self.state.digest(), ..position }.to_wire(self.state.len()));
+        let digest = self.state.digest();
+        let held = self.position.map(|position| Position { digest, ..position }.to_wire(self.state.len()));
+        // Where all that is missing is known, the server can go on from the position; what is
+        // missing is asked for when it does.
+        let reached = self.position.filter(|it| it.digest != digest && self.faults.all_known());
         request(v1::sync_request::Kind::Hello(v1::Hello {
             node_name: identity.node_name.to_string(),
             instance_id: identity.instance_id.clone(),
@@ -267,6 +271,8 @@ impl Session {
             backend: Some(identity.backend.clone()),
             held,
             kernel_adopted: identity.kernel_adopted,
+            position_digest: reached.map(|it| it.digest.to_bytes().to_vec().into()).unwrap_or_default(),
+            started_at: Some(identity.started.into()),
         }))
     }
 
@@ -371,7 +377,7 @@ impl Session {
             v1::ResumeMode::Full => link.awaiting_full = true,
             v1::ResumeMode::Delta | v1::ResumeMode::Unspecified => {
                 // Another server may have what this client can read.
-                step.send = self.faults.refetch_all();
+                step.send = link.ask(self.faults.refetch_all());
             }
         }
         self.link = Link::Following(link);
@@ -420,7 +426,7 @@ impl Session {
             (link.mended, link.awaiting_full) = (true, true);
             return Step { send: Some(refetch_everything()), ..Step::default() };
         }
-        let send = if waiting { None } else { self.faults.refetch(u32::MAX) };
+        let send = if waiting { None } else { link.ask(self.faults.refetch(u32::MAX)) };
         Step { send, ..Step::default() }
     }
 
@@ -506,15 +512,19 @@ impl Session {
             }
         };
         self.position = Some(to);
+        let mut send = None;
         if let Link::Following(link) = &mut self.link {
             link.confirmed = true;
             link.awaiting_full &= !outcome.full;
+            if outcome.refetch {
+                send = link.ask(self.faults.refetch(HASTY_REFETCHES));
+            }
         }
         if outcome.full {
             self.interner.shrink();
         }
         Step {
-            send: outcome.refetch.then(|| self.faults.refetch(HASTY_REFETCHES)).flatten(),
+            send,
             committed: Some(Committed {
                 changes: outcome.changes,
                 services: outcome.services,
@@ -568,6 +578,19 @@ impl Now {
 
 fn request(kind: v1::sync_request::Kind) -> v1::SyncRequest {
     v1::SyncRequest { kind: Some(kind) }
+}
+
+impl Following {
+    /// The request for what is missing, if anything is.
+    fn ask(&mut self, missing: Option<Missing<'_>>) -> Option<v1::SyncRequest> {
+        Some(match missing? {
+            Missing::Keys(keys) => refetch(keys.into_iter()),
+            Missing::Everything => {
+                self.awaiting_full = true;
+                refetch_everything()
+            }
+        })
+    }
 }
 
 fn refetch_everything() -> v1::SyncRequest {

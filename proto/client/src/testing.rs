@@ -19,6 +19,7 @@ pub(crate) fn identity() -> Identity {
     Identity {
         node_name: "node-a".into(),
         instance_id: "instance".to_owned(),
+        started: SystemTime::UNIX_EPOCH,
         boot_id: String::new(),
         agent_version: "test".to_owned(),
         backend: v1::Backend::default(),
@@ -172,11 +173,17 @@ impl Server {
         let held = hello.held.as_ref().map(|held| Position::from_wire(held).unwrap());
         match held {
             Some(held) if held.digest == self.head().digest() => (v1::ResumeMode::InSync, Vec::new()),
-            Some(held) if held.epoch == self.epoch && self.position(held.seq) == held => {
+            Some(held) if held.epoch == self.epoch && self.is_at(held, &hello.position_digest) => {
                 (v1::ResumeMode::Delta, self.delta(held.seq, self.seq(), false))
             }
             _ => (v1::ResumeMode::Full, self.full()),
         }
+    }
+
+    /// Whether a client was brought to the state of the seq it names, all of it taken in or not.
+    fn is_at(&self, held: Position, stated: &[u8]) -> bool {
+        let reached = self.position(held.seq).digest;
+        held.digest == reached || stated == reached.to_bytes()
     }
 
     /// The whole head.

@@ -4,8 +4,8 @@
 //! cluster state + facts of this node + configuration ──> ForwardingPlan ──> a Backend
 //! ```
 //!
-//! Pure and synchronous: no kernel, no network, no clock. The agent and the control plane's
-//! explanations use the same code.
+//! Pure and synchronous: no kernel, no network, no clock. The agent programs what it says, and
+//! [`explain`] reads its plans; the control plane knows no rule and does not use it.
 #![forbid(unsafe_code)]
 
 pub mod backend;

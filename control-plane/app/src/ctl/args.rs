@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::{Parser, Subcommand, ValueEnum};
 use lockstep_wire::v1;
 
@@ -11,7 +12,9 @@ use lockstep_wire::v1;
     name = "lockstepctl",
     version,
     after_help = "Exit codes: 0 done; 1 no connection, or the server refused; 2 the command line is wrong; 3 there \
-                  is no such Service or node; 4 a wait timed out, the output names the nodes that are not done.\n\n\
+                  is no such Service or node; 4 a wait timed out, the output names the nodes that are not done.\n\
+                  Every option can also be set by the environment variable named with it; --behind, --failing and \
+                  --count, which say what one call is about, have none.\n\n\
                   Examples:\n  \
                   lockstepctl --server http://127.0.0.1:7443 --insecure status\n  \
                   lockstepctl --server https://control-plane:7443 --ca ca.pem wait default/web --timeout 30s"
@@ -49,7 +52,7 @@ pub(super) struct Connection {
     pub(super) server: String,
 
     /// Talk plaintext
-    #[arg(long, global = true, env = "LOCKSTEP_INSECURE", conflicts_with_all = ["ca", "cert", "key"])]
+    #[arg(long, global = true, env = "LOCKSTEP_INSECURE", value_parser = BoolishValueParser::new())]
     pub(super) insecure: bool,
 
     /// Certificate authorities of the server, PEM
@@ -73,7 +76,7 @@ pub(super) enum Command {
     /// Every Service with its endpoints and on how many nodes it is verified
     Services {
         /// Only this namespace
-        #[arg(short, long)]
+        #[arg(short, long, env = "LOCKSTEP_NAMESPACE")]
         namespace: Option<String>,
     },
     /// One Service with its endpoints, and the nodes on which it is not verified
@@ -99,13 +102,19 @@ pub(super) enum Command {
     /// What is not in force on some nodes, and the source objects in quarantine
     Failures {
         /// Only this namespace
-        #[arg(short, long)]
+        #[arg(short, long, env = "LOCKSTEP_NAMESPACE")]
         namespace: Option<String>,
     },
     /// Convergence, one line per change; ends with Ctrl-C
     Watch {
         /// Shortest time between two lines
-        #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
+        #[arg(
+            long,
+            env = "LOCKSTEP_INTERVAL",
+            value_name = "TIME",
+            default_value = "1s",
+            value_parser = duration
+        )]
         interval: Duration,
         /// End after so many lines
         #[arg(long, value_name = "LINES")]
@@ -121,10 +130,16 @@ pub(super) enum Command {
         #[arg(value_name = "NS/NAME")]
         service: Option<ServiceName>,
         /// How far it must have come
-        #[arg(long, default_value = "verified")]
+        #[arg(long, env = "LOCKSTEP_LEVEL", default_value = "verified")]
         level: WaitLevel,
         /// How long to wait
-        #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+        #[arg(
+            long,
+            env = "LOCKSTEP_TIMEOUT",
+            value_name = "TIME",
+            default_value = "30s",
+            value_parser = duration
+        )]
         timeout: Duration,
     },
 }
@@ -240,7 +255,6 @@ mod tests {
             "wait --timeout 30",
             "wait --timeout 25h",
             "wait --level programmed",
-            "--insecure --ca x status",
             "--cert x status",
             "-o xml status",
             "",

@@ -30,6 +30,10 @@ pub(super) async fn connect(connection: &Connection) -> Result<StatusServiceClie
 /// The URL with its scheme; plaintext only where it is asked for by name.
 fn url(connection: &Connection) -> Result<String, String> {
     let server = connection.server.as_str();
+    // By value: to the parser, LOCKSTEP_INSECURE=0 is the option all the same.
+    if connection.insecure && (connection.ca.is_some() || connection.cert.is_some()) {
+        return Err("--insecure cannot be used with --ca, --cert and --key".into());
+    }
     match (server.split_once("://"), connection.insecure) {
         (None, false) => Ok(format!("https://{server}")),
         (None, true) => Ok(format!("http://{server}")),
@@ -85,5 +89,8 @@ mod tests {
         assert!(at("http://h:1", false).unwrap_err().contains("--insecure"));
         assert!(at("https://h:1", true).is_err());
         assert!(at("unix://h", true).is_err());
+        let ca = Some("ca.pem".into());
+        let both = Connection { server: "h:1".into(), insecure: true, ca, cert: None, key: None };
+        assert!(url(&both).unwrap_err().contains("--insecure cannot be used with --ca"));
     }
 }

@@ -302,6 +302,28 @@ async fn failures_name_resource_reason_and_nodes() {
 }
 
 #[tokio::test]
+async fn a_failure_without_a_key_is_shown_by_its_message() {
+    let world = World::new().await;
+    let nameless = v1::ResourceFailure {
+        r#ref: None,
+        reason: v1::FailureReason::Unsupported.into(),
+        message: "a kind of resource that this client does not know".into(),
+        ..failure()
+    };
+    let _node = world.node("n1", vec![nameless]).await;
+    let failures = world.golden("failures").await;
+    let row = "Unknown - Unsupported 1 a kind of resource that this client does not know n1\n";
+    assert!(failures.contains(row), "{failures}");
+    let node = world.golden("node n1").await;
+    let row =
+        "Unknown - Unsupported Previous 3, retrying - a kind of resource that this client does not know\n";
+    assert!(node.contains(row), "{node}");
+    let nodes = world.golden("nodes --failing").await;
+    assert!(nodes.contains(" a kind of resource that this client does not know\n"), "{nodes}");
+    assert!(!nodes.contains(": a kind"), "{nodes}");
+}
+
+#[tokio::test]
 async fn a_wait_ends_with_who_is_missing_or_with_everybody() {
     let world = World::new().await;
     let _node = world.node("n1", vec![]).await;

@@ -310,7 +310,13 @@ impl Node {
             (true, Some(failure)) => {
                 let more = self.failures.len() - 1 + self.failures_truncated as usize;
                 let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
-                format!("{}: {}{more}", failure.key, failure.message)
+                match failure.key.as_str() {
+                    "" => format!("{}{more}", failure.message),
+                    key => format!("{key}: {}{more}", failure.message),
+                }
+            }
+            (true, None) if self.failures_truncated > 0 => {
+                format!("{} failures not listed", self.failures_truncated)
             }
             (true, None) => String::new(),
         }

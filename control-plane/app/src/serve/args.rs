@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::{Parser, ValueEnum};
 
 use super::certificates::Files;
@@ -58,12 +59,7 @@ pub(super) struct Args {
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct TlsArgs {
     /// Serve plaintext: everybody who reaches the port sees and may claim everything
-    #[arg(
-        long,
-        env = "LOCKSTEP_INSECURE",
-        required_unless_present = "tls_cert",
-        conflicts_with_all = ["tls_cert", "tls_key", "client_ca"]
-    )]
+    #[arg(long, env = "LOCKSTEP_INSECURE", value_parser = BoolishValueParser::new())]
     pub(super) insecure: bool,
 
     /// Certificate chain of the server, PEM. This file and the two below may be renewed at any time:
@@ -125,7 +121,7 @@ impl Args {
     pub(super) fn check(&self) -> Result<(), String> {
         match (&self.source, &self.kubeconfig) {
             (SourceArg::Files(_), Some(_)) => Err("--kubeconfig needs --source kubernetes".into()),
-            _ => Ok(()),
+            _ => self.tls.check(),
         }
     }
 
@@ -135,6 +131,18 @@ impl Args {
 }
 
 impl TlsArgs {
+    /// By value: to the parser, LOCKSTEP_INSECURE=0 is the option all the same.
+    fn check(&self) -> Result<(), String> {
+        let files = self.tls_cert.is_some() || self.tls_key.is_some() || self.client_ca.is_some();
+        match (self.insecure, files) {
+            (true, true) => {
+                Err("--insecure cannot be used with --tls-cert, --tls-key and --client-ca".into())
+            }
+            (false, false) => Err("one of --tls-cert FILE (with --tls-key) and --insecure is needed".into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Where the certificates are; `None` = plaintext.
     pub(super) fn files(&self) -> Option<Files> {
         Some(Files {
@@ -177,7 +185,7 @@ mod tests {
                 "cannot be used with",
             ),
             ("--source kubernetes --listen [::]:1 --tls-cert c", "--tls-key"),
-            ("--source kubernetes --listen [::]:1 --insecure --client-ca c", "cannot be used with"),
+            ("--source kubernetes --listen [::]:1 --insecure --client-ca c", "--tls-cert"),
             ("--source files: --listen [::]:1 --insecure", "files: needs a directory"),
             ("--source etcd --listen [::]:1 --insecure", "neither `kubernetes` nor `files:DIR`"),
             ("--source kubernetes --listen nowhere --insecure", "--listen"),

@@ -17,7 +17,7 @@ pub(super) fn list(shared: &Shared, request: &v1::ListNodesRequest) -> Result<v1
     let after = (!request.page_token.is_empty()).then_some(request.page_token.as_str());
     let wanted = |node: &Node| {
         (!request.only_behind || node.levels().verified != Some(head))
-            && (!request.only_failing || !node.failures().is_empty() || !node.backend_error().is_empty())
+            && (!request.only_failing || node.degraded())
     };
     let size = page_size(request.page_size);
     let mut page: Vec<_> = shared.nodes.iter(after).filter(|(_, node)| wanted(node)).take(size + 1).collect();
@@ -88,12 +88,18 @@ fn status(shared: &Shared, name: &str, node: &Node) -> v1::NodeStatus {
 pub(super) fn laggard(shared: &Shared, name: &str, service: Option<&ServiceKey>) -> v1::Laggard {
     let head = shared.store.head().seq;
     let Some(node) = shared.nodes.get(name) else { return v1::Laggard::default() };
-    let concerns = |failure: &&Failure| service.is_none_or(|service| failure.key.service() == service);
+    let concerns = |failure: &&Failure| service.is_none_or(|service| failure.may_concern(service));
+    let fails = service.map_or(node.degraded(), |service| node.may_fail(service));
+    let unlisted = node.report().map_or(0, |report| report.failures_truncated);
     let reason = match (node.state(head), node.failures().iter().find(concerns)) {
         (NodeState::NeverSeen, _) => "no stream since the server started".into(),
         (NodeState::Disconnected, _) => "no stream".into(),
         _ if !node.backend_error().is_empty() => node.backend_error().into(),
-        (_, Some(failure)) => format!("{}: {}", failure.key, failure.message),
+        (_, Some(failure)) => match &failure.key {
+            Some(key) => format!("{key}: {}", failure.message),
+            None => format!("a resource without a key: {}", failure.message),
+        },
+        (_, None) if fails => format!("{unlisted} failures not listed"),
         _ => String::new(),
     };
     v1::Laggard {

@@ -45,7 +45,7 @@ pub(super) fn get(shared: &Shared, key: &ServiceKey) -> Result<v1::GetServiceRes
         shared.store.service(key).ok_or_else(|| Status::not_found(format!("service {key}: not found")))?;
     let changed = Some(view.summary.last_changed_seq);
     let behind =
-        shared.nodes.iter(None).filter(|(_, node)| node.levels().verified < changed || node.fails(key));
+        shared.nodes.iter(None).filter(|(_, node)| node.levels().verified < changed || node.may_fail(key));
     Ok(v1::GetServiceResponse {
         service: Some(wire::resource_to_wire(view.version, &Resource::Service(view.summary.service.clone()))),
         endpoint_sets: view.sets.iter().map(|(version, set)| wire::resource_to_wire(*version, set)).collect(),
@@ -67,7 +67,7 @@ impl Progress {
         let mut failing = HashMap::new();
         for (_, node) in shared.nodes.iter(None) {
             verified.push(node.levels().verified);
-            let services: HashSet<_> = node.failures().iter().map(|failure| failure.key.service()).collect();
+            let services: HashSet<_> = node.failing_services().collect();
             services.into_iter().for_each(|key| *failing.entry(key.clone()).or_default() += 1);
         }
         verified.sort_unstable();

@@ -322,3 +322,80 @@ async fn a_verbose_report_is_cut_and_taken() {
     assert_eq!((status.failures.len(), status.failures_truncated), (256, 44));
     assert_eq!(status.failures[0].message.len(), 512);
 }
+
+#[tokio::test]
+async fn a_failure_that_names_no_resource_is_kept_and_ends_no_stream() {
+    let world = world().await;
+    let mut node = verified(&world, "n1").await;
+    let of = |r#ref, reason: v1::FailureReason, message: &str| v1::ResourceFailure {
+        r#ref,
+        reason: reason.into(),
+        message: message.into(),
+        ..Default::default()
+    };
+    let unknown_kind = of(None, v1::FailureReason::Unsupported, "a kind this client does not know");
+    let with = |failures: Vec<v1::ResourceFailure>| v1::Ack { failures, ..ack(&node.position, 2) };
+    report(&world, &node, with(vec![unknown_kind.clone()])).await;
+    let mut client = world.status().await;
+    let get = v1::GetNodeRequest { node_name: "n1".into() };
+    let status = client.get_node(get.clone()).await.unwrap().into_inner().node.unwrap();
+    assert_eq!(
+        (status.state(), &status.failures),
+        (v1::NodeSyncState::Degraded, &vec![unknown_kind.clone()])
+    );
+    let mut wait = client.wait(wait_for("web")).await.unwrap().into_inner();
+    assert!(wait.message().await.unwrap().unwrap().done, "no Service is of an unknown kind");
+    // What cannot be read may be of any Service, whatever reason it gives.
+    let bad = v1::ResourceRef { kind: 1, key: "x".into(), ..Default::default() };
+    let later = v1::ResourceRef { kind: 77, key: "a/b".into(), ..Default::default() };
+    for (named, says) in [
+        (None, "a resource without a key: no room"),
+        (Some(bad), "a resource without a key: no room (ref.key: \"x\" is not namespace/name)"),
+        (
+            Some(later),
+            "a resource without a key: no room (ref.kind: \"77\" is not a kind this release knows)",
+        ),
+    ] {
+        let reason = if named.is_some() { v1::FailureReason::Unsupported } else { v1::FailureReason::Decode };
+        report(&world, &node, with(vec![of(named, reason, "no room")])).await;
+        let mut wait = client.wait(wait_for("web")).await.unwrap().into_inner();
+        let first = wait.message().await.unwrap().unwrap();
+        assert_eq!((first.done, first.laggards[0].reason.as_str()), (false, says));
+    }
+    let all = client.list_failures(v1::ListFailuresRequest::default()).await.unwrap().into_inner();
+    assert_eq!((all.groups.len(), all.groups[0].r#ref.clone()), (1, None));
+    let elsewhere = v1::ListFailuresRequest { namespace: "default".into(), ..Default::default() };
+    assert!(client.list_failures(elsewhere).await.unwrap().into_inner().groups.is_empty());
+    // The stream is the same one, and goes on.
+    world.publish(|changes| changes.upsert(service("web", 2)));
+    node.reach(3).await;
+}
+
+#[tokio::test]
+async fn a_wait_counts_failures_that_are_not_listed() {
+    let world = world().await;
+    let node = verified(&world, "n1").await;
+    let named = |name: &str| failing(&node, name, "no room").failures.remove(0);
+    let mut failures: Vec<_> = (0..256).map(|index| named(&format!("s{index}"))).collect();
+    let told = |failures: &[v1::ResourceFailure], failures_truncated| v1::Ack {
+        failures: failures.to_vec(),
+        failures_truncated,
+        ..ack(&node.position, 2)
+    };
+    let mut client = world.status().await;
+    // 257 failures of which the node lists 256: the last one may be of any Service.
+    report(&world, &node, told(&failures, 1)).await;
+    let mut wait = client.wait(wait_for("web")).await.unwrap().into_inner();
+    let first = wait.message().await.unwrap().unwrap();
+    assert_eq!((first.done, first.laggards[0].reason.as_str()), (false, "1 failures not listed"));
+    // All of them told: kept in mind, though one is not listed.
+    failures.push(named("web"));
+    report(&world, &node, told(&failures, 0)).await;
+    for (name, done) in [("web", false), ("api", true)] {
+        let mut wait = client.wait(wait_for(name)).await.unwrap().into_inner();
+        assert_eq!(wait.message().await.unwrap().unwrap().done, done, "{name}");
+    }
+    let web = v1::GetServiceRequest { namespace: "default".into(), name: "web".into() };
+    let web = client.get_service(web).await.unwrap().into_inner();
+    assert_eq!((web.nodes_behind, web.summary.unwrap().nodes_failing), (vec!["n1".to_owned()], 1));
+}

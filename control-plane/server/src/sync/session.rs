@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use futures_util::{Stream, StreamExt, stream};
-use lockstep_store::{Position, StreamId};
+use lockstep_store::{Position, Resume, StreamId};
 use lockstep_wire::frame::Frame;
 use lockstep_wire::v1;
 use tokio::sync::watch;
@@ -30,9 +30,14 @@ pub(super) struct Session {
     dialect: Dialect,
     /// What the client holds once it has got what is under way; `None` = unknown.
     cursor: Option<Position>,
+    /// A delta was announced and not begun: it is sent where nothing has changed, too, so that
+    /// a client which lacks something hears at which position it is.
+    owed: bool,
     /// The client held this seq: it is never sent an older state.
     at_least: u64,
-    /// The transaction under way: its frames, and how many of them were sent.
+    /// The transaction under way: its frames, and how many of them were sent. All that a client
+    /// which reads slowly, or not at all, costs: the frames are shared, but kept for it alone
+    /// once everybody else is past them.
     sending: Option<(Built, usize)>,
     /// Small messages that are due, each at most once.
     due: VecDeque<v1::sync_response::Kind>,
@@ -49,7 +54,7 @@ impl Session {
         welcome: v1::Welcome,
         inbound: Streaming<v1::SyncRequest>,
     ) -> Self {
-        let Admission { stream, link, cursor, at_least, .. } = admission;
+        let Admission { stream, link, cursor, at_least, resume, .. } = admission;
         let inbound = tokio::spawn(inbound::run(hub.clone(), stream, link.clone(), inbound));
         Self {
             head: hub.head_changes(),
@@ -62,6 +67,7 @@ impl Session {
             link,
             dialect,
             cursor,
+            owed: resume == Resume::Delta,
             at_least,
             inbound,
         }
@@ -135,12 +141,13 @@ impl Session {
 
     fn is_behind(&self) -> bool {
         let head = self.hub.lock().store.head().seq;
-        self.cursor.is_none_or(|cursor| cursor.seq != head)
+        self.owed || self.cursor.is_none_or(|cursor| cursor.seq != head)
     }
 
     fn begin(&mut self, built: Result<Built, BuildError>) -> Result<(), End> {
         let built = built.map_err(|error| End::Failed(Status::internal(error.to_string())))?;
         self.sending = Some((built, 0));
+        self.owed = false;
         Ok(())
     }
 

@@ -2,9 +2,9 @@ use std::time::Duration;
 
 use lockstep_model::{Key, NodeContext, ServiceKey};
 use lockstep_wire::raw::sync_response::Kind as Response;
-use lockstep_wire::v1;
 use lockstep_wire::v1::sync_request::Kind as Request;
 use lockstep_wire::v1::sync_service_client::SyncServiceClient;
+use lockstep_wire::{convert, v1};
 use tonic::Code;
 
 use crate::Config;
@@ -102,6 +102,57 @@ async fn a_seq_of_this_epoch_helps_where_the_digest_is_forgotten() {
     let wrong = v1::Position { seq: 1_102, digest: vec![7; 32].into(), ..node.position.clone() };
     let fresh = world.node(v1::Hello { held: Some(wrong), ..hello("n3", "a") }).await;
     assert_eq!(fresh.resume(), v1::ResumeMode::Full);
+}
+
+#[tokio::test]
+async fn a_client_that_lacks_something_is_continued_and_never_taken_for_complete() {
+    // No heartbeat takes the place of what is waited for.
+    let world = World::new(Config { heartbeat: PATIENCE * 3, ..Config::default() }).await;
+    world.publish(|changes| {
+        changes.upsert(service("web", 1));
+        changes.upsert(service("api", 1));
+    });
+    let mut node = world.node(hello("n1", "a")).await;
+    node.reach(2).await;
+    let api = Key::Service(ServiceKey::new("default", "api"));
+    let mut lacking = node.state.clone();
+    lacking.remove(&api);
+    let digest = lacking.digest().to_bytes().to_vec();
+    let incomplete = v1::Hello {
+        held: Some(v1::Position { digest: digest.into(), ..node.position.clone() }),
+        position_digest: node.position.digest.clone(),
+        ..hello("n1", "a")
+    };
+    // Nothing has changed: it is told where it is, and gets what it asks for.
+    let mut again = world.node(incomplete.clone()).await;
+    assert_eq!(again.resume(), v1::ResumeMode::Delta);
+    again.state = lacking.clone();
+    again.reach_again().await;
+    assert_eq!((again.last.from, again.last.upserts, again.position.seq), (Some(2), 0, 2));
+    assert_ne!(again.state.digest().to_bytes()[..], again.position.digest[..]);
+    let refs = vec![convert::key_to_wire(&api, None)];
+    again.send(Request::Refetch(v1::Refetch { refs, everything: false })).await;
+    again.reach_again().await;
+    assert_eq!(again.state.digest().to_bytes()[..], again.position.digest[..]);
+    // What it lacks changes: the difference is enough. The same after a restart of the server.
+    world.publish(|changes| changes.upsert(service("api", 2)));
+    let other = self::world().await;
+    for change in [1, 2] {
+        other.publish(|changes| {
+            changes.upsert(service("web", 1));
+            changes.upsert(service("api", change));
+        });
+    }
+    for world in [&world, &other] {
+        let mut again = world.node(incomplete.clone()).await;
+        assert_eq!(again.resume(), v1::ResumeMode::Delta);
+        again.state = lacking.clone();
+        again.reach(3).await;
+        assert_eq!((again.last.upserts, again.state.len()), (1, 2));
+    }
+    // A position that never was is no place to go on from.
+    let wrong = v1::Hello { position_digest: vec![7; 32].into(), ..incomplete };
+    assert_eq!(world.node(wrong).await.resume(), v1::ResumeMode::Full);
 }
 
 #[tokio::test]
@@ -233,6 +284,31 @@ async fn the_newest_process_of_a_node_name_has_the_stream() {
         tokio::time::timeout(PATIENCE, activity.changed()).await.unwrap().unwrap();
     }
     world.node(hello("n1", "old")).await;
+}
+
+#[tokio::test]
+async fn the_process_that_started_last_has_the_stream_after_a_restart_of_the_server_too() {
+    let started = |instance: &str, seconds| v1::Hello {
+        started_at: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+        ..hello("n1", instance)
+    };
+    let before = world().await;
+    let mut old = before.node(started("old", 100)).await;
+    let _new = before.node(started("new", 200)).await;
+    let Response::Goodbye(goodbye) = old.next_other().await else { panic!("a goodbye") };
+    assert_eq!(goodbye.reason(), v1::GoodbyeReason::Superseded);
+    // Another process of the server remembers nothing of that, and the older one comes last.
+    let after = world().await;
+    let mut new = after.node(started("new", 200)).await;
+    let refused = refusal(after.channel().await, vec![request(Request::Hello(started("old", 100)))]).await;
+    assert_eq!(refused.code(), Code::AlreadyExists);
+    new.reach(1).await;
+    // The older one first is no matter either.
+    let after = world().await;
+    let mut old = after.node(started("old", 100)).await;
+    let mut new = after.node(started("new", 200)).await;
+    assert!(matches!(old.next_other().await, Response::Goodbye(_)));
+    new.reach(1).await;
 }
 
 #[tokio::test]

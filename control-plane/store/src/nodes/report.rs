@@ -46,6 +46,8 @@ pub struct Facts {
     pub node_name: Arc<str>,
     /// Random per process of the node.
     pub instance_id: String,
+    /// When that process started, by its own clock; `None` = not stated.
+    pub started: Option<SystemTime>,
     /// Version of the node's program, for people.
     pub agent_version: String,
     /// How it programs its kernel.
@@ -89,7 +91,7 @@ pub struct Report {
     pub digest: Option<Digest>,
     /// Summary.
     pub outcome: Outcome,
-    /// Everything that is not in force, worst first.
+    /// Everything that is not in force, worst first. What is kept of it may be less.
     pub failures: Vec<Failure>,
     /// How many more there are than listed.
     pub failures_truncated: u32,
@@ -121,8 +123,8 @@ pub enum Outcome {
 /// One resource that is not in force on a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// The resource.
-    pub key: Key,
+    /// The resource; `None` = one whose key could not be read, or of an unknown kind.
+    pub key: Option<Key>,
     /// Version that is not in force.
     pub version: Option<Version>,
     /// What is in force instead.

@@ -55,6 +55,7 @@ fn facts(name: &str, instance: &str) -> Facts {
     Facts {
         node_name: name.into(),
         instance_id: instance.into(),
+        started: None,
         agent_version: "1".into(),
         backend: BackendFacts::default(),
         peer: format!("192.0.2.1:{}", instance.len()),
@@ -78,7 +79,7 @@ fn report(verified: u64) -> Report {
 
 fn failure(namespace: &str, name: &str) -> Failure {
     Failure {
-        key: Key::Service(ServiceKey::new(namespace, name)),
+        key: Some(Key::Service(ServiceKey::new(namespace, name))),
         version: None,
         in_force: InForce::Nothing,
         class: FailureClass::Kernel,
@@ -152,7 +153,7 @@ fn the_newest_process_has_the_stream_and_two_do_not_flap() {
     let refused = world.connect("n1", "old", 3).unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "node n1: instance \"old\" was superseded by instance \"new\" at 192.0.2.1:3, which is connected; \
+        "node n1: instance \"old\" is older than instance \"new\" at 192.0.2.1:3, which is connected; \
          two agents with one node name?"
     );
     let again = world.connect("n1", "new", 4).unwrap();
@@ -277,4 +278,78 @@ fn a_node_without_a_stream_is_not_done_whatever_it_reported() {
     assert_eq!((progress.done, progress.laggards), (0, vec!["n1".into()]));
     world.nodes.remove_object("n1", world.at(3));
     assert_eq!(world.nodes.progress(1, Level::Verified, None, 9).expected, 0);
+}
+
+#[test]
+fn a_failure_that_is_not_listed_counts_all_the_same() {
+    let mut world = World::new();
+    world.publish(1, 0);
+    let now = world.start;
+    let stream = world.connect("n1", "x", 0).unwrap().stream;
+    let failures: Vec<Failure> = (0..257).map(|index| failure("a", &format!("s{index:03}"))).collect();
+    let many = Report { failures, ..report(1) };
+    world.nodes.ack(stream, many, &world.store, now).unwrap();
+    let node = world.nodes.get("n1").unwrap();
+    assert_eq!((node.failures().len(), node.report().unwrap().failures_truncated), (256, 1));
+    assert_eq!(node.failing_services().count(), 257);
+    let done = |world: &World, name: &str| {
+        world.nodes.progress(1, Level::Verified, Some(&ServiceKey::new("a", name)), 9).done
+    };
+    assert_eq!((done(&world, "s000"), done(&world, "s256")), (0, 0), "the last one is known, not listed");
+    assert_eq!(done(&world, "fine"), 1, "all failures were told, and this is none of them");
+    // A node that does not say what else fails: any Service may.
+    let cut = Report { failures: vec![failure("a", "s000")], failures_truncated: 1, ..report(1) };
+    world.nodes.ack(stream, cut, &world.store, now).unwrap();
+    assert_eq!(done(&world, "fine"), 0);
+    // More than is remembered comes to the same.
+    let failures: Vec<Failure> = (0..6_000).map(|index| failure("a", &format!("s{index:04}"))).collect();
+    world.nodes.ack(stream, Report { failures, ..report(1) }, &world.store, now).unwrap();
+    assert_eq!((done(&world, "s5999"), done(&world, "fine")), (0, 0));
+    world.ack(stream, 1, 3).unwrap();
+    assert_eq!((done(&world, "s256"), done(&world, "fine")), (1, 1), "over");
+}
+
+#[test]
+fn a_failure_without_a_key_may_be_of_any_service_but_for_an_unknown_kind() {
+    let mut world = World::new();
+    world.publish(1, 0);
+    let now = world.start;
+    let stream = world.connect("n1", "x", 0).unwrap().stream;
+    let any = ServiceKey::new("a", "b");
+    for (class, done) in [(FailureClass::Decode, 0), (FailureClass::Unsupported, 1)] {
+        let nameless = Failure { key: None, class, ..failure("", "") };
+        let nameless = Report { failures: vec![nameless], ..report(1) };
+        world.nodes.ack(stream, nameless, &world.store, now).unwrap();
+        assert_eq!(world.state("n1"), NodeState::Degraded);
+        assert_eq!(world.nodes.progress(1, Level::Verified, Some(&any), 9).done, done, "{class:?}");
+        assert_eq!(world.nodes.progress(1, Level::Verified, None, 9).done, 0, "{class:?}");
+    }
+}
+
+#[test]
+fn the_process_that_started_last_has_the_stream_whoever_connects_first() {
+    let started = |instance: &str, seconds: u64| {
+        let started = Some(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        Facts { started, ..facts("n1", instance) }
+    };
+    let mut world = World::new();
+    let now = world.start;
+    world.nodes.connect(started("old", 1), now).unwrap();
+    let new = world.nodes.connect(started("new", 2), now).unwrap();
+    assert!(new.superseded.is_some());
+    // The control plane restarts: it remembers nothing, and the older one is the later to come.
+    let mut world = World::new();
+    let new = world.nodes.connect(started("new", 2), now).unwrap();
+    let refused = world.nodes.connect(started("old", 1), now).unwrap_err().to_string();
+    assert!(refused.starts_with("node n1: instance \"old\" is older than instance \"new\""), "{refused}");
+    assert_eq!(world.nodes.stream_of("n1"), Some(new.stream));
+    // One that was ousted by a claim without a time comes back with the later one.
+    let silent = world.nodes.connect(facts("n1", "silent"), now).unwrap();
+    assert_eq!(silent.superseded, Some(new.stream));
+    assert!(world.nodes.connect(started("new", 2), now).is_err(), "nothing to compare: newest connected");
+    world.nodes.connect(started("newest", 3), now).unwrap();
+    let newer = world.nodes.connect(started("latest", 4), now).unwrap();
+    assert!(world.nodes.connect(started("newest", 3), now).is_err());
+    world.nodes.disconnect(newer.stream, now);
+    assert!(world.nodes.connect(started("newest", 3), now).is_ok(), "nobody else is there");
 }

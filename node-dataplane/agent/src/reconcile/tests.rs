@@ -40,6 +40,7 @@ fn parts(kernel: &Kernel, status: &Arc<Status>, cache: Option<Cache>, restored: 
         identity: Identity {
             node_name: "node-a".into(),
             instance_id: "one".to_owned(),
+            started: SystemTime::now(),
             boot_id: String::new(),
             agent_version: "test".to_owned(),
             backend: v1::Backend::default(),

@@ -216,6 +216,7 @@ impl Agent {
         let identity = Identity {
             node_name: NODE.into(),
             instance_id: format!("{:?}", Instant::now()),
+            started: std::time::SystemTime::now(),
             boot_id: String::new(),
             agent_version: "test".to_owned(),
             features: Vec::new(),

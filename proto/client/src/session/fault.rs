@@ -4,12 +4,26 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use lockstep_model::{Digest, Feature, Key, State, Version};
-use lockstep_wire::v1;
 
 use crate::report::{Failure, FailureReason, InForce};
 
 /// Faults without a name that are told apart; more say nothing more.
 const NAMELESS: usize = 16;
+
+/// Bytes of keys that one request asks for at most: a message may have 1 MiB, and a client that
+/// misses more than this is better off with a snapshot anyway.
+const ASKED_BYTES: usize = 256 * 1024;
+
+/// Bytes of a named resource in a request beside its key: kind, lengths, tags.
+const REF_BYTES: usize = 16;
+
+/// What is to be asked for again.
+#[derive(Debug)]
+pub(super) enum Missing<'a> {
+    Keys(Vec<&'a Key>),
+    /// Too much to name it.
+    Everything,
+}
 
 /// A resource that could not be taken in.
 #[derive(Debug, Clone)]
@@ -17,6 +31,28 @@ pub(super) struct Fault {
     pub(super) failure: Failure,
     /// True = another copy may be better: it is asked for again.
     pub(super) lost: bool,
+}
+
+fn missing<'a>(keys: impl Iterator<Item = &'a Key>) -> Option<Missing<'a>> {
+    let (mut asked, mut bytes) = (Vec::new(), 0);
+    for key in keys {
+        bytes += key_bytes(key) + REF_BYTES;
+        if bytes > ASKED_BYTES {
+            return Some(Missing::Everything);
+        }
+        asked.push(key);
+    }
+    (!asked.is_empty()).then_some(Missing::Keys(asked))
+}
+
+/// Length of a key's text.
+fn key_bytes(key: &Key) -> usize {
+    let service = key.service();
+    let slice = match key {
+        Key::Service(_) => 0,
+        Key::EndpointSet(set) => set.slice.len() + 1,
+    };
+    service.namespace.len() + 1 + service.name.len() + slice
 }
 
 impl Fault {
@@ -83,17 +119,22 @@ impl Faults {
         }
     }
 
-    /// The request that asks again for what another copy may mend and was tried no more often
-    /// than this; `None` where there is nothing of the kind.
-    pub(super) fn refetch(&self, tried: u32) -> Option<v1::SyncRequest> {
+    /// What another copy may mend and was tried no more often than this; `None` = nothing.
+    pub(super) fn refetch(&self, tried: u32) -> Option<Missing<'_>> {
         let again = |fault: &Fault| fault.lost && fault.failure.attempts <= tried;
-        let mut keys = self.named.iter().filter(|(_, fault)| again(fault)).map(|(key, _)| key).peekable();
-        keys.peek().is_some().then(|| super::refetch(keys))
+        missing(self.named.iter().filter(|(_, fault)| again(fault)).map(|(key, _)| key))
     }
 
-    /// The request that asks for everything with a name again.
-    pub(super) fn refetch_all(&self) -> Option<v1::SyncRequest> {
-        (!self.named.is_empty()).then(|| super::refetch(self.named.keys()))
+    /// Everything with a name; `None` = nothing.
+    pub(super) fn refetch_all(&self) -> Option<Missing<'_>> {
+        missing(self.named.keys())
+    }
+
+    /// True where something is missing, and it is known in which version and by what name: the
+    /// state is that of its position but for these, by digest and not by hope.
+    pub(super) fn all_known(&self) -> bool {
+        let known = |fault: &Fault| fault.failure.version.is_some();
+        self.nameless.is_empty() && !self.named.is_empty() && self.named.values().all(known)
     }
 
     /// True where something is missing that cannot be asked for by name.

@@ -395,6 +395,8 @@ impl Refused {
         let reason = match error {
             DecodeError::Malformed { .. } => FailureReason::Decode,
             DecodeError::Invalid(_) => FailureReason::Invalid,
+            // Without a key, "unsupported" says that it is of an unknown kind, which this is not.
+            DecodeError::Unsupported(_) if key.is_none() => FailureReason::Decode,
             DecodeError::Unsupported(_) => FailureReason::Unsupported,
         };
         Self { key, version, reason, message: error.to_string(), lost: false }

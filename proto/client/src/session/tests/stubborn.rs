@@ -9,6 +9,7 @@ use lockstep_wire::{raw, v1};
 use super::{ack_of, connect, following, hello_of, refetched_keys, refetches_everything};
 use crate::report::{FailureReason, InForce, Report};
 use crate::session::HASTY_REFETCHES;
+use crate::session::fault::Fault;
 use crate::testing::*;
 use crate::{Held, Session};
 
@@ -68,6 +69,80 @@ fn what_an_earlier_process_could_program_is_held_back_too() {
     assert!(said.epoch == 0 && said.digest != position.digest.to_bytes()[..]);
     connect(&mut session, &server);
     assert_eq!((session.faults(), session.position()), (1, Some(position)));
+}
+
+#[test]
+fn what_is_missing_by_name_costs_no_snapshot_at_a_reconnect() {
+    let mut server = Server::new(7, cluster(2));
+    let mut session = following(&server);
+    server.upsert(with_affinity(5));
+    session.receive(server.delta(1, 2, false).remove(0), at(0));
+    assert_eq!(session.faults(), 1);
+    session.disconnected();
+    server.upsert(service(1, 9));
+    let hello = session.connected(at(1));
+    let said = hello_of(hello.clone());
+    assert_eq!(said.position_digest[..], server.position(2).digest.to_bytes());
+    assert_ne!(said.held.unwrap().digest, said.position_digest, "nobody takes it for complete");
+    let (mode, frames) = server.answer(&hello);
+    assert_eq!(mode, v1::ResumeMode::Delta);
+    let step = session.receive(server.welcome(mode), at(1));
+    assert_eq!(refetched_keys(&step), ["shop/cart-5"], "another release may have it in another form");
+    let answer = server.refetched(&step.send.unwrap(), 3).remove(0);
+    for frame in frames {
+        assert_eq!(session.receive(frame, at(1)).committed.unwrap().services, [service_key(1)]);
+    }
+    assert!(session.receive(answer, at(1)).committed.is_some());
+    assert_eq!((session.faults(), session.position()), (1, Some(server.position(3))));
+    assert!(session.confirmed());
+    // Mended meanwhile: the difference alone makes it whole.
+    session.disconnected();
+    server.upsert(service(5, 0));
+    connect(&mut session, &server);
+    assert_eq!((session.faults(), session.state().digest()), (0, server.head().digest()));
+    assert!(hello_of(session.connected(at(2))).position_digest.is_empty(), "nothing is missing");
+}
+
+#[test]
+fn what_is_missing_without_a_name_needs_a_snapshot_at_a_reconnect() {
+    let mut server = Server::new(7, cluster(1));
+    let mut session = following(&server);
+    server.upsert(service(0, 1));
+    let mut frame = server.delta(1, 2, false).remove(0);
+    batch_of(&mut frame).upserts[0].body = None;
+    session.receive(frame, at(0));
+    assert_eq!(session.faults(), 1);
+    session.disconnected();
+    let hello = session.connected(at(1));
+    assert!(hello_of(hello.clone()).position_digest.is_empty());
+    assert_eq!(server.answer(&hello).0, v1::ResumeMode::Full);
+}
+
+#[test]
+fn more_than_one_request_can_name_is_asked_for_as_everything() {
+    let server = Server::new(7, cluster(1));
+    let mut session = following(&server);
+    let fault = |index: u32| {
+        let key = lockstep_model::ServiceKey::new("n".repeat(63), format!("{index:063}"));
+        Fault::unsupported(Key::Service(key), None, lockstep_model::Feature::Sctp)
+    };
+    for index in 0..1_000 {
+        session.faults.insert(fault(index));
+    }
+    let welcome = |session: &mut Session| {
+        session.disconnected();
+        session.connected(at(1));
+        session.receive(server.welcome(v1::ResumeMode::Delta), at(1))
+    };
+    assert_eq!(refetched_keys(&welcome(&mut session)).len(), 1_000);
+    for index in 1_000..20_000 {
+        session.faults.insert(fault(index));
+    }
+    let step = welcome(&mut session);
+    assert!(refetches_everything(&step));
+    // The answer is waited for, and ends what was wrong.
+    assert!(session.receive(server.full().remove(0), at(1)).committed.unwrap().full);
+    assert_eq!(session.faults(), 0);
 }
 
 /// Damages a body in a way its hash shows and its key survives.
