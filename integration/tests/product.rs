@@ -99,7 +99,6 @@ fn rebooted_nodes_without_control_plane_program_their_last_state_and_say_it_is_s
     };
     for node in 1..=3 {
         ensure!(stale(&product, node)? == (false, false), "node{node} says it is stale while it is not");
-        // The disk comes last, after the kernel and the ack.
         let cache = product.state_directory(node, &format!("node{node}"));
         wait_until(&format!("node{node} has the state on disk"), PATIENCE, || {
             let saved = files(&cache)?

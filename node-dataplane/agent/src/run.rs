@@ -11,7 +11,6 @@ use lockstep_client::cache::{Cache, CacheError, Restored};
 use lockstep_client::session::{Identity, Now};
 use lockstep_client::transport;
 use lockstep_model::{Family, Feature};
-use lockstep_view::Backend;
 use lockstep_view::backend::Description;
 use lockstep_wire::v1;
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,7 +20,7 @@ use tokio::time::MissedTickBehavior;
 use crate::config::{Config, EXIT_CONFIG, EXIT_FAILED, EXIT_NOT_BUILT, EXIT_UNUSABLE, Mode, RunArguments};
 use crate::http;
 use crate::metrics::Metrics;
-use crate::mode;
+use crate::mode::{self, Chosen};
 use crate::reconcile::{Event, Parts, Reconciler};
 use crate::status::Status;
 
@@ -71,23 +70,24 @@ fn run(config: &Config) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error).context("--state-dir"),
     };
-    let backend = match mode::choose(config.mode, config.iptables_flavour) {
-        Ok(backend) => backend,
+    let chosen = match mode::choose(config.mode, config.iptables_flavour) {
+        Ok(chosen) => chosen,
         Err(error) => {
             tracing::error!("{error:#}");
             return Ok(ExitCode::from(EXIT_UNUSABLE));
         }
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("tokio")?;
-    runtime.block_on(serve(config, backend, cache, restored))
+    runtime.block_on(serve(config, chosen, cache, restored))
 }
 
 async fn serve(
     config: &Config,
-    backend: Box<dyn Backend + Send>,
+    chosen: Chosen,
     cache: Cache,
     restored: Option<Restored>,
 ) -> anyhow::Result<ExitCode> {
+    let Chosen { backend, interface } = chosen;
     let description = backend.describe();
     let status = Arc::new(Status::default());
     let stopping = Arc::new(AtomicBool::new(false));
@@ -104,6 +104,7 @@ async fn serve(
 
     let parts = Parts {
         backend,
+        remove_others: Some(Box::new(move || mode::remove_others(interface))),
         cache: Some(cache),
         restored,
         identity: identity(config, &description),

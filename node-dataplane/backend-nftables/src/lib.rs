@@ -161,6 +161,15 @@ impl<N: Netfilter> Backend for Nftables<N> {
         }
     }
 
+    fn standing(&mut self) -> Result<bool, BackendError> {
+        let mut found = false;
+        for family in Family::ALL {
+            found |= nf_tables::table_exists(&mut self.netfilter, kernel_family(family), TABLE)
+                .map_err(|error| backend_error("look for our tables", error))?;
+        }
+        Ok(found)
+    }
+
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {
         let result = self.sync_all(plan);
         self.outcome("sync", result)

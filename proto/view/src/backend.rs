@@ -15,6 +15,9 @@ pub trait Backend {
     /// What this backend is and can do on this machine.
     fn describe(&self) -> Description;
 
+    /// True where the kernel has rules that `sync` would adopt, whatever they say. Writes nothing.
+    fn standing(&mut self) -> Result<bool, BackendError>;
+
     /// Compares the whole kernel state with the plan and writes the difference: at start
     /// (which adopts what an earlier process left), after a failure and after drift.
     /// Writes nothing where nothing differs.
