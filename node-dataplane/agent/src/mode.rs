@@ -9,7 +9,7 @@ use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::exec::{Processes, Run};
 use lockstep_kernel::nf_tables::{self, Kernel};
 use lockstep_view::backend::Description;
-use lockstep_view::{Backend, NodePortAddresses, ViewConfig};
+use lockstep_view::{Backend, ViewConfig};
 
 use crate::config::{Config, IptablesFlavour, Mode};
 
@@ -125,15 +125,15 @@ fn asked_for(run: &Arc<dyn Run>, flavour: Flavour) -> anyhow::Result<Choice> {
     Ok(Choice { flavour, reason: "asked for".to_owned() })
 }
 
-/// How the view decides for a backend: node ports answer where kube-proxy's answer in that mode.
+/// How the view decides for a backend, where the operator leaves it to the backend.
 pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
+    let node_port_addresses = config.nodeport_addresses.as_ref().unwrap_or(&description.node_port_addresses);
     ViewConfig {
         families: description.families.clone(),
         cluster_cidrs: config.cluster_cidrs.clone(),
-        node_port_addresses: match description.mode {
-            "iptables" => NodePortAddresses::AllLocal,
-            _ => NodePortAddresses::Primary,
-        },
+        node_port_addresses: node_port_addresses.clone(),
+        masquerade_all: config.masquerade_all,
+        masquerade_bit: config.masquerade_bit,
         ..ViewConfig::new(config.node_name.as_str())
     }
 }

@@ -21,6 +21,7 @@ mod pass;
 #[cfg(test)]
 mod tests;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -73,12 +74,17 @@ impl From<transport::Event> for Event {
 /// number of objects that are gone.
 pub type RemoveOthers = Box<dyn FnMut() -> Vec<(Interface, anyhow::Result<usize>)> + Send>;
 
+/// The addresses of the node's interfaces, where they changed since the last call.
+pub type NewAddresses = Box<dyn FnMut() -> Option<Vec<IpAddr>> + Send>;
+
 /// What the loop is made of.
 pub struct Parts {
     /// Puts plans in force.
     pub backend: Box<dyn Backend + Send>,
     /// Called when the backend's rules have been read back for the first time, until it works.
     pub remove_others: Option<RemoveOthers>,
+    /// `None` = nothing depends on them.
+    pub new_addresses: Option<NewAddresses>,
     /// Keeps the state on disk; `None` = nowhere.
     pub cache: Option<Cache>,
     /// What an earlier process left.
@@ -100,6 +106,7 @@ pub struct Reconciler {
     backend: Box<dyn Backend + Send>,
     /// `None` = no other mode has rules of ours any more.
     remove_others: Option<RemoveOthers>,
+    new_addresses: Option<NewAddresses>,
     session: Session,
     view: View,
     cache: Option<Cache>,
@@ -199,9 +206,13 @@ impl Reconciler {
         let session = Session::new(parts.identity, held.map(|(held, _)| held));
         let mut view = View::new(parts.view_config);
         view.set_node(session.node().clone());
+        if let Some(addresses) = parts.new_addresses.as_mut().and_then(|new| new()) {
+            view.set_interface_addresses(addresses);
+        }
         Self {
             backend: parts.backend,
             remove_others: parts.remove_others,
+            new_addresses: parts.new_addresses,
             session,
             view,
             cache: parts.cache,
@@ -351,7 +362,7 @@ impl Reconciler {
         tracing::warn!(
             node = %self.session.node().name,
             "the cluster has no Node object of this name: its zone and its addresses are unknown, so node ports that \
-             need them do not answer; is --node-name right?"
+             answer at its primary address answer at every local one meanwhile; is --node-name right?"
         );
     }
 
@@ -385,6 +396,12 @@ impl Reconciler {
         if let Some(why) = self.session.tick(now) {
             tracing::warn!(why, "giving the connection up");
             self.lost();
+        }
+        if let Some(addresses) = self.new_addresses.as_mut().and_then(|new| new()) {
+            self.view.set_interface_addresses(addresses);
+            if self.session.position().is_some() {
+                self.pending.wait(now);
+            }
         }
         let due = self.failures.due(now.monotonic);
         if !due.is_empty() {

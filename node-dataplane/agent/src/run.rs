@@ -10,8 +10,10 @@ use anyhow::Context;
 use lockstep_client::cache::{Cache, CacheError, Restored};
 use lockstep_client::session::{Identity, Now};
 use lockstep_client::transport;
+use lockstep_kernel::addresses::Addresses;
 use lockstep_model::{Family, Feature};
 use lockstep_view::backend::Description;
+use lockstep_view::{NodePortAddresses, ViewConfig};
 use lockstep_wire::v1;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -21,7 +23,7 @@ use crate::config::{Config, EXIT_CONFIG, EXIT_FAILED, EXIT_NOT_BUILT, EXIT_UNUSA
 use crate::http;
 use crate::metrics::Metrics;
 use crate::mode::{self, Chosen};
-use crate::reconcile::{Event, Parts, Reconciler};
+use crate::reconcile::{Event, NewAddresses, Parts, Reconciler};
 use crate::status::Status;
 
 /// Frames that may wait for the loop: they are up to 1 MiB each.
@@ -102,13 +104,15 @@ async fn serve(
     let (servers, node) = (config.servers.clone(), config.node_name.clone());
     let link = tokio::spawn(async move { transport::run(servers, &node, events).await });
 
+    let view_config = mode::view_config(config, &description);
     let parts = Parts {
         backend,
         remove_others: Some(Box::new(move || mode::remove_others(interface))),
+        new_addresses: new_addresses(&view_config)?,
         cache: Some(cache),
         restored,
         identity: identity(config, &description),
-        view_config: mode::view_config(config, &description),
+        view_config,
         status,
         metrics,
         stopping,
@@ -117,6 +121,34 @@ async fn serve(
     // The transport ends when nobody takes its events any more; it sends the last Ack first.
     let _ = tokio::time::timeout(FAREWELL, link).await;
     ended
+}
+
+/// Follows the addresses of the node's interfaces, where node ports depend on them.
+fn new_addresses(view_config: &ViewConfig) -> anyhow::Result<Option<NewAddresses>> {
+    if !matches!(view_config.node_port_addresses, NodePortAddresses::Cidrs(_)) {
+        return Ok(None);
+    }
+    let mut addresses = Addresses::open().context("listen for changes of interface addresses")?;
+    let mut due = true;
+    Ok(Some(Box::new(move || {
+        let news = addresses.changed().and_then(|changed| {
+            due |= changed;
+            if due { addresses.list().map(Some) } else { Ok(None) }
+        });
+        match news {
+            Ok(list) => {
+                due = false;
+                list
+            }
+            Err(error) => {
+                // What is in force stays, and the next turn asks again.
+                if !std::mem::replace(&mut due, true) {
+                    tracing::warn!(%error, "cannot read the addresses of the interfaces");
+                }
+                None
+            }
+        }
+    })))
 }
 
 /// The reconcile thread. The cache's last write is part of its end.

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use lockstep_kernel::exec::Run;
 use lockstep_kernel::sysctl;
 use lockstep_model::{Family, Feature, ServiceKey};
-use lockstep_view::ForwardingPlan;
 use lockstep_view::backend::{
     Applied, Audit, Backend, BackendError, Description, Drift, FailureKind, ServiceFailure,
 };
+use lockstep_view::{ForwardingPlan, NodePortAddresses};
 
 use crate::check;
 use crate::choose;
@@ -149,6 +149,7 @@ impl Backend for Iptables {
             version: format!("{} {}", self.flavour, self.version),
             families: self.families.iter().map(|state| state.tool.family).collect(),
             features: features.into_iter().filter(can).collect(),
+            node_port_addresses: NodePortAddresses::AllLocal,
         }
     }
 

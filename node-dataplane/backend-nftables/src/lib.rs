@@ -36,7 +36,7 @@ use lockstep_kernel::netlink;
 use lockstep_kernel::nf_tables::{self, Batch, Kernel, Netfilter};
 use lockstep_model::{Family, ServiceKey};
 use lockstep_view::backend::{Applied, Audit, BackendError, Description, Drift, FailureKind, ServiceFailure};
-use lockstep_view::{Backend, ForwardingPlan};
+use lockstep_view::{Backend, ForwardingPlan, NodePortAddresses};
 
 use crate::names::{PROBE_TABLE, TABLE};
 use crate::rules::kernel_family;
@@ -158,6 +158,7 @@ impl<N: Netfilter> Backend for Nftables<N> {
             version: format!("netlink, Linux {}", lockstep_kernel::release()),
             families: Family::ALL.to_vec(),
             features: contents::FEATURES.to_vec(),
+            node_port_addresses: NodePortAddresses::Primary,
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use lockstep_model::{Family, Feature, ServiceKey};
 
-use crate::ForwardingPlan;
+use crate::{ForwardingPlan, NodePortAddresses};
 
 /// Puts plans in force. All calls block; the agent makes them from one thread of its own.
 pub trait Backend {
@@ -59,6 +59,8 @@ pub struct Description {
     pub families: Vec<Family>,
     /// Features it can program, sorted.
     pub features: Vec<Feature>,
+    /// Where node ports answer unless the operator says otherwise: where kube-proxy's do in this mode.
+    pub node_port_addresses: NodePortAddresses,
 }
 
 /// What a write did.

@@ -38,6 +38,7 @@ fn parts(kernel: &Kernel, status: &Arc<Status>, cache: Option<Cache>, restored: 
     Parts {
         backend: Box::new(FakeBackend(kernel.clone())),
         remove_others: Some(kernel.remove_others()),
+        new_addresses: None,
         cache,
         restored,
         identity: Identity {

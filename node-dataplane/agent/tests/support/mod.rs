@@ -225,6 +225,7 @@ impl Agent {
         let parts = Parts {
             backend,
             remove_others: Some(Box::new(move || mode::remove_others(interface))),
+            new_addresses: None,
             cache: Some(cache),
             restored,
             identity,

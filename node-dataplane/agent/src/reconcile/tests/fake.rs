@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lockstep_model::{Family, Feature, ServiceKey};
 use lockstep_view::backend::{Applied, Audit, BackendError, Description, Drift, FailureKind, ServiceFailure};
-use lockstep_view::{Backend, ForwardingPlan, ServicePlan};
+use lockstep_view::{Backend, ForwardingPlan, NodePortAddresses, ServicePlan};
 
 use crate::mode::Interface;
 use crate::reconcile::RemoveOthers;
@@ -119,6 +119,7 @@ impl Backend for FakeBackend {
             version: String::new(),
             families: Family::ALL.to_vec(),
             features: vec![Feature::Sctp],
+            node_port_addresses: NodePortAddresses::AllLocal,
         }
     }
 
