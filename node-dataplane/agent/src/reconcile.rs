@@ -125,6 +125,8 @@ pub struct Reconciler {
     viewed: bool,
     /// The cache is older than the rules in the kernel: those stay until the control plane speaks.
     held_back: bool,
+    /// What is programmed comes from such a cache, and no control plane has spoken yet.
+    outdated: bool,
     /// Read back, but not settled in the cache yet.
     unsettled: Option<Position>,
     chores_at: Instant,
@@ -226,6 +228,7 @@ impl Reconciler {
             confirmed: false,
             viewed: false,
             held_back,
+            outdated,
             unsettled: None,
             chores_at: now.monotonic,
             shrink_at: now.monotonic + SHRINK_EVERY,
@@ -330,6 +333,7 @@ impl Reconciler {
         if !self.session.confirmed() {
             return;
         }
+        self.outdated = false;
         if std::mem::take(&mut self.held_back) {
             self.pending.wait(now);
         }

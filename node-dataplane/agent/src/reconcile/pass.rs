@@ -225,6 +225,13 @@ impl Reconciler {
     /// so that there is no gap, and not after the ack, which would not be true.
     fn remove_others(&mut self) -> Result<(), String> {
         let Some(remove) = &mut self.remove_others else { return Ok(()) };
+        if self.outdated {
+            // They may be newer than what was programmed just now.
+            return Err(
+                "the cached state is outdated, so rules of other modes stay until a control plane is reached"
+                    .to_owned(),
+            );
+        }
         let mut fault = None;
         for (interface, outcome) in remove() {
             match outcome {

@@ -226,6 +226,7 @@ impl Writer {
                 self.failed = Some(Instant::now());
                 // What was on disk stays: after a reboot, an old state is better than none.
                 self.file = None;
+                self.unsynced = None;
             }
         }
     }
@@ -256,6 +257,7 @@ impl Writer {
             && let Err(error) = file.sync_data()
         {
             self.report(&error.into());
+            self.failed = Some(Instant::now());
             self.file = None;
         }
     }
