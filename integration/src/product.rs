@@ -139,6 +139,11 @@ impl Product {
         Ok(())
     }
 
+    /// From the next start of its agent on, a node programs its kernel like this.
+    pub fn set_mode(&mut self, node: u8, mode: Mode) {
+        self.modes[usize::from(node) - 1] = mode;
+    }
+
     /// What an agent keeps on disk.
     pub fn state_directory(&self, node: u8, name: &str) -> PathBuf {
         self.lab.directory().join(format!("state-{}-{name}", Place::Node(node)))

@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail, ensure};
 use lockstep_integration::bench::drift::{self, Repair};
 use lockstep_integration::fixture::{self, WEB_NODE_PORT, product, started, web};
 use lockstep_integration::lab::{Family, Place};
+use lockstep_integration::load::Load;
 use lockstep_integration::product::{Mode, PATIENCE, Process, Product, binaries, wait_until};
-use lockstep_integration::traffic::{Outcome, Transport, probe_within};
+use lockstep_integration::traffic::{Outcome, Transport, probe, probe_within};
 
 /// From a change that somebody else makes to traffic again, on a machine under load. On an idle
 /// one it is a fraction of a second: the agent looks five times a second.
@@ -21,6 +22,8 @@ const IPTABLES_REPAIRED_WITHIN: Duration = Duration::from_secs(10);
 /// share of a core.
 const AUDITED_WITHIN: Duration = Duration::from_secs(120);
 const TRIES: u32 = 3;
+/// Connections a second while the mode changes.
+const LOAD: u32 = 100;
 
 /// Rules of a node, without counters, as the kernel's own tools list them.
 fn rules(product: &Product, node: u8) -> Result<String> {
@@ -240,13 +243,12 @@ COMMIT
 COMMIT
 ";
 
-#[test]
-fn foreign_rules_are_byte_identical_during_a_run_and_after_cleanup() -> Result<()> {
-    let mut product = product(&Mode::ALL)?;
+/// Gives every node what other programs have in the kernel.
+fn add_foreign_rules(product: &Product) -> Result<()> {
     let files = product.lab.directory().to_path_buf();
     std::fs::write(files.join("foreign.nft"), LIKE_FIREWALLD)?;
     std::fs::write(files.join("foreign.iptables"), LIKE_DOCKER_AND_CALICO)?;
-    for node in 1..=3 {
+    for node in 1..=product.lab.nodes() {
         let place = Place::Node(node);
         product.lab.tool(place, &["nft", "-f", &files.join("foreign.nft").display().to_string()])?;
         for tool in ["iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"] {
@@ -254,6 +256,13 @@ fn foreign_rules_are_byte_identical_during_a_run_and_after_cleanup() -> Result<(
             product.lab.tool(place, &["sh", "-c", &restore])?;
         }
     }
+    Ok(())
+}
+
+#[test]
+fn foreign_rules_are_byte_identical_during_a_run_and_after_cleanup() -> Result<()> {
+    let mut product = product(&Mode::ALL)?;
+    add_foreign_rules(&product)?;
     let nodes = 1..=3;
     let whole: Vec<_> = nodes.clone().map(|node| rules(&product, node)).collect::<Result<_>>()?;
     let foreign: Vec<_> = nodes.clone().map(|node| foreign_rules(&product, node)).collect::<Result<_>>()?;
@@ -277,6 +286,83 @@ fn foreign_rules_are_byte_identical_during_a_run_and_after_cleanup() -> Result<(
         same(node, "after cleanup", before, &rules(&product, node)?)?;
     }
     Ok(())
+}
+
+#[test]
+fn iptables_to_nftables_leaves_no_rule_of_iptables() -> Result<()> {
+    switches(Mode::IptablesLegacy, Mode::Nftables)
+}
+
+#[test]
+fn nftables_to_iptables_leaves_no_rule_of_nftables() -> Result<()> {
+    switches(Mode::Nftables, Mode::IptablesLegacy)
+}
+
+#[test]
+fn legacy_to_the_nft_flavour_leaves_no_rule_of_legacy() -> Result<()> {
+    switches(Mode::IptablesLegacy, Mode::IptablesNft)
+}
+
+/// An agent that comes back in another mode: the old mode's rules would go on sending to an endpoint
+/// that is gone, whatever the new mode's say.
+fn switches(from: Mode, to: Mode) -> Result<()> {
+    let mut product = product(&[from])?;
+    add_foreign_rules(&product)?;
+    let foreign = foreign_rules(&product, 1)?;
+    product.start()?;
+    ensure!(
+        has_rules_of(&product, from)? && !has_rules_of(&product, to)?,
+        "not only {} at first",
+        from.name()
+    );
+    only_answer(&product, Place::Pod(1, 2))?;
+
+    product.agent(1)?.kill()?;
+    product.set_mode(1, to);
+    let load = Load::start(&product.lab, fixture::streams_to_web(&product), LOAD);
+    product.start_agent(1)?;
+    product.agent(1)?.wait_for_log("removed the rules of a mode")?;
+    load.go_on(3)?;
+    let moved = fixture::roll_manifest(&[Place::Pod(1, 1)]);
+    product.change(|product| product.write_manifest("roll.yaml", &moved))?;
+    only_answer(&product, Place::Pod(1, 1))?;
+    ensure!(!has_rules_of(&product, from)?, "rules of {} are left:\n{}", from.name(), rules(&product, 1)?);
+    ensure!(has_rules_of(&product, to)?, "no rules of {}", to.name());
+    same(1, "after the switch", &foreign, &foreign_rules(&product, 1)?)?;
+    let (report, _) = load.finish()?;
+    ensure!(!report.answers.is_empty() && report.faults.is_empty(), "a gap: {:?}", report.faults);
+    Ok(())
+}
+
+/// Every one of some connections to `roll` is answered by this pod.
+fn only_answer(product: &Product, pod: Place) -> Result<()> {
+    for _ in 0..10 {
+        let outcome = probe(&product.lab, Place::Node(1), Transport::Tcp, fixture::roll())?;
+        ensure!(
+            matches!(outcome, Outcome::Answered { by, .. } if by == pod),
+            "expected an answer by {pod}: {outcome}\n{}",
+            product.logs()
+        );
+    }
+    Ok(())
+}
+
+/// True where the kernel of node 1 has rules of Lockstep in this mode.
+fn has_rules_of(product: &Product, mode: Mode) -> Result<bool> {
+    let tools: [&[&str]; 2] = match mode {
+        Mode::Nftables => [&["nft", "list", "tables"], &["nft", "list", "tables"]],
+        Mode::IptablesLegacy => [&["iptables-legacy-save"], &["ip6tables-legacy-save"]],
+        Mode::IptablesNft => [&["iptables-nft-save"], &["ip6tables-nft-save"]],
+    };
+    let mut found = false;
+    for tool in tools {
+        let text = product.lab.tool(Place::Node(1), tool)?;
+        found |= text.lines().any(|line| {
+            let theirs = FOREIGN_KUBE.iter().any(|chain| line.contains(chain));
+            line.ends_with(" lockstep") || (line.contains("KUBE-") && !theirs)
+        });
+    }
+    Ok(found)
 }
 
 fn same(node: u8, when: &str, before: &str, after: &str) -> Result<()> {

@@ -1,17 +1,21 @@
 //! What the whole product survives, and how. Each test is a network of its own with the real
 //! programs in it; its name is the stated outcome. Needs root.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use lockstep_integration::apiserver::peer;
-use lockstep_integration::lab::{Lab, Place};
+use lockstep_integration::lab::{Family, Lab, Place};
 use lockstep_integration::product::{Mode, PATIENCE, Product, wait_until};
 use lockstep_integration::traffic::{Outcome, Transport, probe};
 
 const CLIENT: Place = Place::Pod(1, 2);
 const WEB: &str = "10.96.0.10:80";
+const NODE_PORT: u16 = 30080;
+/// An address of node 1 beside that of its Node object.
+const SECOND: &str = "10.200.0.77";
 
 fn product(modes: &[Mode]) -> Result<Product> {
     let nodes = u8::try_from(modes.len())?;
@@ -31,7 +35,8 @@ fn started(modes: &[Mode]) -> Result<Product> {
 fn web(pod: u8) -> String {
     format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: default, uid: uid-web}}\n\
-         spec:\n  clusterIP: 10.96.0.10\n  clusterIPs: [10.96.0.10]\n  ports: [{{port: 80, targetPort: 8080}}]\n\
+         spec:\n  type: NodePort\n  clusterIP: 10.96.0.10\n  clusterIPs: [10.96.0.10]\n  \
+         ports: [{{port: 80, targetPort: 8080, nodePort: {NODE_PORT}}}]\n\
          ---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
          metadata: {{name: web-1, namespace: default, labels: {{kubernetes.io/service-name: web}}}}\n\
          addressType: IPv4\nports: [{{port: 8080}}]\n\
@@ -99,7 +104,6 @@ fn rebooted_nodes_without_control_plane_program_their_last_state_and_say_it_is_s
     };
     for node in 1..=3 {
         ensure!(stale(&product, node)? == (false, false), "node{node} says it is stale while it is not");
-        // The disk comes last, after the kernel and the ack.
         let cache = product.state_directory(node, &format!("node{node}"));
         wait_until(&format!("node{node} has the state on disk"), PATIENCE, || {
             let saved = files(&cache)?
@@ -146,22 +150,83 @@ fn files(directory: &Path) -> Result<Vec<Vec<u8>>> {
     Ok(contents)
 }
 
+/// Whether the node port answers at an address of node 1, after some time at the latest.
+fn node_port_answers(product: &Product, address: &str, expected: bool) -> Result<()> {
+    let to = SocketAddr::new(address.parse()?, NODE_PORT);
+    wait_until(&format!("{to} answers: {expected}"), PATIENCE, || {
+        let outcome = probe(&product.lab, Place::Outside, Transport::Tcp, to)?;
+        let answered = matches!(outcome, Outcome::Answered { by: Place::Pod(1, 1), .. });
+        Ok((answered == expected).then_some(()))
+    })
+    .with_context(|| product.logs())
+}
+
+fn address_of(node: u8) -> String {
+    Place::Node(node).address(Family::V4).to_string()
+}
+
+fn second_address(product: &Product, verb: &str) -> Result<()> {
+    let address = format!("{SECOND}/24");
+    product.lab.tool(Place::Node(1), &["ip", "addr", verb, &address, "dev", "eth0"]).map(drop)
+}
+
 #[test]
 fn unknown_node_name_is_programmed_and_visible_as_without_a_node_object() -> Result<()> {
-    let product = product(&[Mode::Nftables])?;
-    let mut product = product;
+    let mut product = product(&[Mode::Nftables])?;
     product.start_control_plane()?;
+    second_address(&product, "add")?;
     let _agent = product.spawn_agent(1, "no-such-node")?;
-    wait_until("the agent is verified", PATIENCE, || {
-        let nodes = product.list_nodes()?.nodes;
-        let found = nodes.into_iter().find(|node| node.node_name == "no-such-node" && node.verified_seq > 0);
-        Ok(found.map(|node| (node.has_node_object, node.connected)))
-    })
-    .and_then(|seen| {
-        ensure!(seen == (false, true), "(has_node_object, connected) = {seen:?}");
-        Ok(())
-    })?;
-    answers(&product, Place::Pod(1, 1))
+    let seen = |product: &Product, has_node_object| {
+        wait_until("the agent is verified", PATIENCE, || {
+            let nodes = product.list_nodes()?.nodes;
+            let mut nodes = nodes.into_iter().filter(|node| node.node_name == "no-such-node");
+            let found = nodes.find(|node| node.verified_seq > 0 && node.has_node_object == has_node_object);
+            Ok(found.is_some_and(|node| node.connected).then_some(()))
+        })
+    };
+    seen(&product, false)?;
+    answers(&product, Place::Pod(1, 1))?;
+    // Which address is the primary one nobody knows, so every one will do.
+    node_port_answers(&product, &address_of(1), true)?;
+    node_port_answers(&product, SECOND, true)?;
+    // Until it is known.
+    product.write_manifest("late.yaml", &product.node_manifest().replace("node1", "no-such-node"))?;
+    seen(&product, true)?;
+    node_port_answers(&product, SECOND, false)?;
+    node_port_answers(&product, &address_of(1), true)
+}
+
+#[test]
+fn node_ports_answer_where_the_mode_and_nodeport_addresses_say() -> Result<()> {
+    let inside = "--nodeport-addresses=10.200.0.64/26,fd00:dead::/64";
+    let cases = [
+        (Mode::Nftables, None, (true, false)),
+        (Mode::IptablesLegacy, None, (true, true)),
+        (Mode::Nftables, Some(inside), (false, true)),
+        (Mode::IptablesLegacy, Some(inside), (false, true)),
+        (Mode::IptablesNft, Some("--nodeport-addresses=primary"), (true, false)),
+    ];
+    for (mode, flag, (first, second)) in cases {
+        let mut product = product(&[mode])?;
+        product.start_control_plane()?;
+        let mut flags = vec!["--insecure".to_owned(), format!("--control-plane={}", product.url())];
+        flags.extend(flag.map(str::to_owned));
+        let _agent = product.spawn_agent_that(1, "node1", &flags)?;
+        product.wait_verified(1)?;
+        // Addresses come and go while it runs.
+        second_address(&product, "add")?;
+        let context = || format!("{} {flag:?}", mode.name());
+        node_port_answers(&product, SECOND, second).with_context(context)?;
+        node_port_answers(&product, &address_of(1), first).with_context(context)?;
+        second_address(&product, "del")?;
+        if flag == Some(inside) && mode == Mode::Nftables {
+            let set = ["nft", "list", "table", "ip", "lockstep"];
+            wait_until("the address is out of the rules", PATIENCE, || {
+                Ok((!product.lab.tool(Place::Node(1), &set)?.contains(SECOND)).then_some(()))
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// The second agent programs the kernel of another node, and the cluster sees one node only.

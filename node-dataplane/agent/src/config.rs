@@ -10,6 +10,7 @@ use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use lockstep_client::transport::{ConfigError, Files, Security, Servers};
+use lockstep_view::NodePortAddresses;
 use tracing_subscriber::EnvFilter;
 
 /// The configuration cannot be used.
@@ -83,6 +84,28 @@ pub struct RunArguments {
     /// Address ranges of the cluster's pods: traffic to cluster IPs from elsewhere is masqueraded.
     #[arg(long, env = "LOCKSTEP_CLUSTER_CIDR", value_delimiter = ',', value_name = "CIDR")]
     pub cluster_cidr: Vec<IpNet>,
+    /// Where node ports answer: at the node's addresses inside these CIDRs, or `primary`: at the
+    /// first address of its Node object. Default: every local address in iptables mode, primary in
+    /// nftables mode.
+    #[arg(
+        long,
+        env = "LOCKSTEP_NODEPORT_ADDRESSES",
+        value_delimiter = ',',
+        value_name = "CIDR[,CIDR]|primary"
+    )]
+    pub nodeport_addresses: Vec<String>,
+    /// Masquerades everything that is sent to a cluster IP.
+    #[arg(long, env = "LOCKSTEP_MASQUERADE_ALL", value_parser = BoolishValueParser::new())]
+    pub masquerade_all: bool,
+    /// The bit of the packet mark, 0 to 31, that means "masquerade", in every mode.
+    #[arg(
+        long,
+        env = "LOCKSTEP_IPTABLES_MASQUERADE_BIT",
+        default_value_t = 14,
+        value_parser = clap::value_parser!(u8).range(0..=31),
+        value_name = "BIT"
+    )]
+    pub iptables_masquerade_bit: u8,
     /// Directory for what must survive a restart: the last known state.
     #[arg(long, env = "LOCKSTEP_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
@@ -156,6 +179,12 @@ pub struct Config {
     pub iptables_flavour: IptablesFlavour,
     /// Address ranges of pods, host bits zero.
     pub cluster_cidrs: Vec<IpNet>,
+    /// Where node ports answer; `None` = where the backend's mode has them.
+    pub nodeport_addresses: Option<NodePortAddresses>,
+    /// As on the command line.
+    pub masquerade_all: bool,
+    /// As on the command line.
+    pub masquerade_bit: u8,
     /// For the cache.
     pub state_dir: PathBuf,
     /// Health server.
@@ -186,10 +215,32 @@ impl RunArguments {
             mode: self.mode,
             iptables_flavour: self.iptables_flavour,
             cluster_cidrs: self.cluster_cidr.clone(),
+            nodeport_addresses: self.nodeport_addresses()?,
+            masquerade_all: self.masquerade_all,
+            masquerade_bit: self.iptables_masquerade_bit,
             state_dir,
             healthz: self.healthz,
             metrics: self.metrics,
         })
+    }
+
+    fn nodeport_addresses(&self) -> anyhow::Result<Option<NodePortAddresses>> {
+        const PRIMARY: &str = "primary";
+        match &self.nodeport_addresses[..] {
+            [] => Ok(None),
+            [only] if only == PRIMARY => Ok(Some(NodePortAddresses::Primary)),
+            all if all.iter().any(|one| one == PRIMARY) => {
+                bail!("--nodeport-addresses {}: primary stands alone, without CIDRs", all.join(","))
+            }
+            all => {
+                let cidr = |text: &String| match text.parse::<IpNet>() {
+                    Ok(cidr) => Ok(cidr.trunc()),
+                    Err(_) => bail!("--nodeport-addresses {text:?}: neither a CIDR nor primary"),
+                };
+                let cidrs = all.iter().map(cidr).collect::<anyhow::Result<_>>()?;
+                Ok(Some(NodePortAddresses::Cidrs(cidrs)))
+            }
+        }
     }
 
     fn security(&self) -> anyhow::Result<Security> {
@@ -303,6 +354,33 @@ mod tests {
         magic[6] = "--mode=magic";
         assert!(check(&magic).unwrap_err().contains("magic"));
         assert!(with("--healthz=here").contains("healthz"));
+    }
+
+    #[test]
+    fn node_port_addresses_are_cidrs_or_primary() {
+        let with = |argument: &'static str| check(&[&GOOD[..], &[argument]].concat());
+        let of = |argument| with(argument).unwrap().nodeport_addresses;
+        assert_eq!(check(&GOOD).unwrap().nodeport_addresses, None);
+        assert_eq!(of("--nodeport-addresses=primary"), Some(NodePortAddresses::Primary));
+        let cidrs = ["10.0.0.0/8", "fd00::/64"].map(|cidr| cidr.parse().unwrap()).to_vec();
+        assert_eq!(
+            of("--nodeport-addresses=10.1.2.3/8,fd00::/64"),
+            Some(NodePortAddresses::Cidrs(cidrs)),
+            "host bits mean nothing, as for kube-proxy"
+        );
+        for (value, says) in [
+            ("--nodeport-addresses=10.0.0.1", "10.0.0.1"),
+            ("--nodeport-addresses=primary,10.0.0.0/8", "primary stands alone"),
+            ("--nodeport-addresses=", "neither a CIDR nor primary"),
+            ("--iptables-masquerade-bit=32", "--iptables-masquerade-bit"),
+        ] {
+            let error = with(value).unwrap_err();
+            assert!(error.contains(says), "{value}: {error}");
+        }
+        let config =
+            check(&[&GOOD[..], &["--masquerade-all", "--iptables-masquerade-bit=3"]].concat()).unwrap();
+        assert_eq!((config.masquerade_all, config.masquerade_bit), (true, 3));
+        assert_eq!(check(&GOOD).unwrap().masquerade_bit, 14);
     }
 
     #[test]

@@ -10,9 +10,9 @@
 //! └──────────────────────┘                   └───────────────────────────────────────────────┘
 //! ```
 //!
-//! One thread makes every decision, in order: take in what is there, merge it, program once,
-//! acknowledge, read back, acknowledge, hand over to the cache. A programming pass is never
-//! cut short. The kernel comes before the ack, and the ack before the disk.
+//! One thread makes every decision, in order: take in what is there, merge it, program once, hand
+//! over to the cache, acknowledge, read back, acknowledge. A programming pass is never cut short.
+//! The kernel comes before the cache, and the cache before VERIFIED; nothing waits for a sync.
 //!
 //! The agent decides no Service rule (that is `lockstep-view`), knows no protocol state (that is
 //! `lockstep-client`) and no kernel object (those are the backends').

@@ -35,6 +35,8 @@ pub struct Metrics {
     pub drift_repairs: Counter,
     /// Kernel objects written.
     pub objects_changed: Counter,
+    /// Kernel objects that other modes had left and that were removed.
+    pub other_modes_removed: Counter,
     /// Transactions taken in.
     pub transactions: Counter,
     /// Connections that ended.
@@ -135,6 +137,7 @@ impl Metrics {
             backend_errors: Counter::default(),
             drift_repairs: Counter::default(),
             objects_changed: Counter::default(),
+            other_modes_removed: Counter::default(),
             transactions: Counter::default(),
             disconnects: Counter::default(),
             applied_seq: Gauge::default(),
@@ -210,6 +213,8 @@ impl Metrics {
         own.register("backend_errors", "Passes the backend refused as a whole", self.backend_errors.clone());
         own.register("drift_repairs", "Foreign changes found and repaired", self.drift_repairs.clone());
         own.register("kernel_objects_changed", "Kernel objects written", self.objects_changed.clone());
+        let others = "Kernel objects of other modes that were removed";
+        own.register("other_modes_removed", others, self.other_modes_removed.clone());
         own.register("transactions", "Transactions taken in", self.transactions.clone());
         own.register("disconnects", "Connections to a control plane that ended", self.disconnects.clone());
         own.register("applied_seq", "Transaction in force", self.applied_seq.clone());

@@ -1,37 +1,80 @@
 //! Which backend, and why.
 
+use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use lockstep_backend_iptables::{Choice, Flavour, Iptables, detect, probe};
 use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::exec::{Processes, Run};
+use lockstep_kernel::nf_tables::{self, Kernel};
 use lockstep_view::backend::Description;
-use lockstep_view::{Backend, NodePortAddresses, ViewConfig};
+use lockstep_view::{Backend, ViewConfig};
 
 use crate::config::{Config, IptablesFlavour, Mode};
 
+/// The table of a kube-proxy in nftables mode, in each family.
+const KUBE_PROXY_TABLE: &str = "kube-proxy";
+
 /// A backend that has been tried on this kernel.
-pub type Chosen = Box<dyn Backend + Send>;
+pub struct Chosen {
+    /// The backend.
+    pub backend: Box<dyn Backend + Send>,
+    /// Where it writes.
+    pub interface: Interface,
+}
+
+/// Where rules of ours may be, each with its own tool or socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interface {
+    /// Our tables of nf_tables.
+    Nftables,
+    /// Chains of kube-proxy's names.
+    Iptables(Flavour),
+}
+
+impl Interface {
+    const ALL: [Interface; 3] =
+        [Interface::Nftables, Interface::Iptables(Flavour::Legacy), Interface::Iptables(Flavour::Nft)];
+
+    /// Removes what is ours there. Returns the number of objects that are gone.
+    fn remove(self) -> anyhow::Result<usize> {
+        match self {
+            Interface::Nftables => Ok(Nftables::open()?.cleanup()?),
+            Interface::Iptables(flavour) => {
+                Ok(lockstep_backend_iptables::remove(&(Arc::new(Processes) as _), flavour)?)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Interface::Nftables => f.write_str("nftables"),
+            Interface::Iptables(flavour) => write!(f, "iptables {flavour}"),
+        }
+    }
+}
 
 /// Picks the backend for a mode. Every candidate runs a real transaction in a scratch table;
 /// the log says what was chosen and why.
 pub fn choose(mode: Mode, flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
     match mode {
         Mode::Nftables => {
-            let backend = nftables().context("nftables does not work on this node")?;
+            let chosen = nftables().context("nftables does not work on this node")?;
             tracing::info!(mode = "nftables", "asked for, and a real transaction works");
-            Ok(backend)
+            Ok(chosen)
         }
         Mode::Auto => choose_auto(flavour),
         Mode::Iptables => match iptables(flavour) {
-            Ok(backend) => {
+            Ok(chosen) => {
                 tracing::info!(
                     mode = "iptables",
-                    version = backend.describe().version,
+                    version = chosen.backend.describe().version,
                     "asked for, and a real transaction works"
                 );
-                Ok(backend)
+                Ok(chosen)
             }
             Err(error) => {
                 tracing::error!(
@@ -46,23 +89,23 @@ pub fn choose(mode: Mode, flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
 
 fn choose_auto(flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
     let error = match nftables() {
-        Ok(backend) => {
+        Ok(chosen) => {
             tracing::info!(mode = "nftables", "chosen: a real transaction works, and it is the fastest");
-            return Ok(backend);
+            return Ok(chosen);
         }
         Err(error) => error,
     };
-    let backend = iptables(flavour)
+    let chosen = iptables(flavour)
         .with_context(|| format!("no mode works on this node: nftables: {error:#}; iptables"))?;
-    let version = backend.describe().version;
+    let version = chosen.backend.describe().version;
     tracing::warn!(mode = "iptables", version, "chosen, because nftables does not work: {error:#}");
-    Ok(backend)
+    Ok(chosen)
 }
 
 fn nftables() -> anyhow::Result<Chosen> {
     let mut backend = Nftables::open()?;
     backend.probe()?;
-    Ok(Box::new(backend))
+    Ok(Chosen { backend: Box::new(backend), interface: Interface::Nftables })
 }
 
 fn iptables(flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
@@ -74,7 +117,7 @@ fn iptables(flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
     };
     let backend = Iptables::open(run, choice.flavour)?;
     tracing::info!(flavour = %choice.flavour, reason = choice.reason, "iptables works");
-    Ok(Box::new(backend))
+    Ok(Chosen { backend: Box::new(backend), interface: Interface::Iptables(choice.flavour) })
 }
 
 fn asked_for(run: &Arc<dyn Run>, flavour: Flavour) -> anyhow::Result<Choice> {
@@ -82,44 +125,66 @@ fn asked_for(run: &Arc<dyn Run>, flavour: Flavour) -> anyhow::Result<Choice> {
     Ok(Choice { flavour, reason: "asked for".to_owned() })
 }
 
-/// How the view decides for a backend: node ports answer where kube-proxy's answer in that mode.
+/// How the view decides for a backend, where the operator leaves it to the backend.
 pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
+    let node_port_addresses = config.nodeport_addresses.as_ref().unwrap_or(&description.node_port_addresses);
     ViewConfig {
         families: description.families.clone(),
         cluster_cidrs: config.cluster_cidrs.clone(),
-        node_port_addresses: match description.mode {
-            "iptables" => NodePortAddresses::AllLocal,
-            _ => NodePortAddresses::Primary,
-        },
+        node_port_addresses: node_port_addresses.clone(),
+        masquerade_all: config.masquerade_all,
+        masquerade_bit: config.masquerade_bit,
         ..ViewConfig::new(config.node_name.as_str())
     }
 }
 
 /// Removes what is ours: of one mode, or (auto) of each. One outcome per kernel interface: the
 /// number of objects that were removed.
-pub fn remove(mode: Mode) -> Vec<(&'static str, anyhow::Result<usize>)> {
-    let mut outcomes = Vec::new();
-    if matches!(mode, Mode::Auto | Mode::Nftables) {
-        outcomes.push(("nftables", remove_nftables()));
-    }
-    if matches!(mode, Mode::Auto | Mode::Iptables) {
-        outcomes.push(("iptables legacy", remove_iptables(Flavour::Legacy)));
-        outcomes.push(("iptables nft", remove_iptables(Flavour::Nft)));
-    }
-    outcomes
+pub fn remove(mode: Mode) -> Vec<(Interface, anyhow::Result<usize>)> {
+    remove_where(|interface| match mode {
+        Mode::Auto => true,
+        Mode::Nftables => interface == Interface::Nftables,
+        Mode::Iptables => interface != Interface::Nftables,
+        Mode::Ipvs => false,
+    })
 }
 
-fn remove_nftables() -> anyhow::Result<usize> {
-    Ok(Nftables::open()?.cleanup()?)
+/// Removes what is ours everywhere but where `chosen` writes, and complains of a kube-proxy's
+/// table, which is nobody's but a kube-proxy's.
+///
+/// Rules that an earlier process left in another mode translate the same addresses at the same
+/// hooks, by a state that nobody keeps up to date any more. So does a kube-proxy that went away
+/// without `kube-proxy --cleanup`; in iptables its chains are not told from ours, and it removes
+/// other modes' rules at its own start in the same way.
+pub fn remove_others(chosen: Interface) -> Vec<(Interface, anyhow::Result<usize>)> {
+    warn_of_kube_proxy();
+    remove_where(|interface| interface != chosen)
 }
 
-fn remove_iptables(flavour: Flavour) -> anyhow::Result<usize> {
-    match Iptables::open(Arc::new(Processes), flavour) {
-        Ok(mut backend) => Ok(backend.cleanup()?),
-        Err(error) => {
-            // Where its tools do not work, this agent has never written with them.
-            tracing::info!(%flavour, %error, "this iptables cannot be used here");
-            Ok(0)
+fn remove_where(wanted: impl Fn(Interface) -> bool) -> Vec<(Interface, anyhow::Result<usize>)> {
+    let interfaces = Interface::ALL.into_iter().filter(|interface| wanted(*interface));
+    interfaces.map(|interface| (interface, interface.remove())).collect()
+}
+
+fn warn_of_kube_proxy() {
+    let found = Kernel::open().and_then(|mut kernel| {
+        let families = [nf_tables::Family::Ipv4, nf_tables::Family::Ipv6];
+        let mut found = Vec::new();
+        for family in families {
+            if nf_tables::table_exists(&mut kernel, family, KUBE_PROXY_TABLE)? {
+                found.push(format!("{} {KUBE_PROXY_TABLE}", family.word()));
+            }
         }
+        Ok(found)
+    });
+    match found {
+        Ok(tables) if tables.is_empty() => {}
+        Ok(tables) => tracing::error!(
+            ?tables,
+            "a kube-proxy in nftables mode has tables on this node: it translates the same addresses, also to \
+             endpoints that are gone; they are not ours and stay: stop it and run `kube-proxy --cleanup`"
+        ),
+        // No nf_tables, so no such table.
+        Err(error) => tracing::debug!(%error, "cannot look for the tables of a kube-proxy"),
     }
 }

@@ -2,8 +2,14 @@
 //!
 //! ```text
 //! Event ──take──> Session, pending work ──(everything that waits is taken first)──> pass:
-//!     view.update ─> backend.apply ─> ack APPLIED ─> backend.verify ─> ack VERIFIED ─> cache
+//!     view.update ─> backend.apply ─> cache ─> ack APPLIED ─> backend.verify ─> ack VERIFIED
 //! ```
+//!
+//! The cache is another thread's. It has what the kernel has before VERIFIED is said, or says of
+//! itself that it is outdated: a process that is killed and comes back goes back behind nothing
+//! that was verified.
+//!
+//! The first time that what was read back is equal, the rules of other modes go, before the ack.
 //!
 //! State-driven: what is pending is *which Services to look at*, never a delta, so a pass that
 //! fails loses nothing and the next one compares everything. Nothing is written to the kernel
@@ -15,6 +21,7 @@ mod pass;
 #[cfg(test)]
 mod tests;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -29,6 +36,7 @@ use lockstep_wire::v1;
 use tokio::sync::mpsc;
 
 use crate::metrics::{Changes, Metrics};
+use crate::mode::Interface;
 use crate::status::Status;
 use failures::Failures;
 use pace::Pace;
@@ -62,10 +70,21 @@ impl From<transport::Event> for Event {
     }
 }
 
+/// Removes the rules that earlier processes left in other modes: one outcome per interface, the
+/// number of objects that are gone.
+pub type RemoveOthers = Box<dyn FnMut() -> Vec<(Interface, anyhow::Result<usize>)> + Send>;
+
+/// The addresses of the node's interfaces, where they changed since the last call.
+pub type NewAddresses = Box<dyn FnMut() -> Option<Vec<IpAddr>> + Send>;
+
 /// What the loop is made of.
 pub struct Parts {
     /// Puts plans in force.
     pub backend: Box<dyn Backend + Send>,
+    /// Called when the backend's rules have been read back for the first time, until it works.
+    pub remove_others: Option<RemoveOthers>,
+    /// `None` = nothing depends on them.
+    pub new_addresses: Option<NewAddresses>,
     /// Keeps the state on disk; `None` = nowhere.
     pub cache: Option<Cache>,
     /// What an earlier process left.
@@ -85,6 +104,9 @@ pub struct Parts {
 /// The loop's state.
 pub struct Reconciler {
     backend: Box<dyn Backend + Send>,
+    /// `None` = no other mode has rules of ours any more.
+    remove_others: Option<RemoveOthers>,
+    new_addresses: Option<NewAddresses>,
     session: Session,
     view: View,
     cache: Option<Cache>,
@@ -101,6 +123,12 @@ pub struct Reconciler {
     confirmed: bool,
     /// The view knows the whole state.
     viewed: bool,
+    /// The cache is older than the rules in the kernel: those stay until the control plane speaks.
+    held_back: bool,
+    /// What is programmed comes from such a cache, and no control plane has spoken yet.
+    outdated: bool,
+    /// Read back, but not settled in the cache yet.
+    unsettled: Option<Position>,
     chores_at: Instant,
     shrink_at: Instant,
     give_back_at: Option<Instant>,
@@ -135,14 +163,17 @@ struct Pending {
     transactions: u32,
     /// Changes of Services and of endpoint sets in them.
     changes: Changes,
-    /// Taken in, not handed to the cache yet: kernel first, then the ack, then the disk.
+    /// Taken in, not handed to the cache yet: kernel first, then the disk.
     committed: Vec<Committed>,
 }
 
 impl Reconciler {
     /// A loop that has done nothing yet.
-    pub fn new(parts: Parts, now: Now) -> Self {
+    pub fn new(mut parts: Parts, now: Now) -> Self {
         let description = parts.backend.describe();
+        let outdated = parts.restored.as_ref().is_some_and(|restored| restored.outdated);
+        // Where the kernel cannot be read, nothing can be programmed either.
+        let held_back = outdated && parts.backend.standing().unwrap_or(true);
         let held = parts.restored.map(|restored| {
             let saved_at = restored.saved_at;
             parts.status.update(|status| {
@@ -152,24 +183,38 @@ impl Reconciler {
             (restored.held, saved_at)
         });
         let pending = Pending {
-            any: held.is_some(),
+            any: held.is_some() && !held_back,
             full: true,
-            since: held.is_some().then_some(now),
+            since: (held.is_some() && !held_back).then_some(now),
             ..Pending::default()
         };
         if let Some((held, saved_at)) = &held {
             let age = now.wall.duration_since(*saved_at).unwrap_or_default();
-            tracing::warn!(
-                position = %held.position, resources = held.state.len(), age_seconds = age.as_secs(),
-                "programming cached state from {} s ago, control plane not reached yet", age.as_secs()
-            );
+            let (position, resources, age_seconds) = (held.position, held.state.len(), age.as_secs());
+            if held_back {
+                tracing::warn!(
+                    %position, resources, age_seconds,
+                    "the rules in the kernel are newer than the cached state: they stay as they are until a control \
+                     plane is reached"
+                );
+            } else {
+                tracing::warn!(
+                    %position, resources, age_seconds,
+                    "programming cached state from {age_seconds} s ago, control plane not reached yet"
+                );
+            }
         }
         parts.status.update(|status| status.mode = description.mode);
         let session = Session::new(parts.identity, held.map(|(held, _)| held));
         let mut view = View::new(parts.view_config);
         view.set_node(session.node().clone());
+        if let Some(addresses) = parts.new_addresses.as_mut().and_then(|new| new()) {
+            view.set_interface_addresses(addresses);
+        }
         Self {
             backend: parts.backend,
+            remove_others: parts.remove_others,
+            new_addresses: parts.new_addresses,
             session,
             view,
             cache: parts.cache,
@@ -182,6 +227,9 @@ impl Reconciler {
             programmed: false,
             confirmed: false,
             viewed: false,
+            held_back,
+            outdated,
+            unsettled: None,
             chores_at: now.monotonic,
             shrink_at: now.monotonic + SHRINK_EVERY,
             give_back_at: None,
@@ -226,6 +274,9 @@ impl Reconciler {
         self.work(now);
         if !chores {
             return;
+        }
+        if let Some(position) = self.unsettled {
+            self.settle(position, Duration::ZERO);
         }
         if self.ack_due {
             self.acknowledge();
@@ -282,6 +333,10 @@ impl Reconciler {
         if !self.session.confirmed() {
             return;
         }
+        self.outdated = false;
+        if std::mem::take(&mut self.held_back) {
+            self.pending.wait(now);
+        }
         if !std::mem::replace(&mut self.confirmed, true) && self.session.node().uid.is_none() {
             self.warn_of_no_node();
         }
@@ -311,7 +366,7 @@ impl Reconciler {
         tracing::warn!(
             node = %self.session.node().name,
             "the cluster has no Node object of this name: its zone and its addresses are unknown, so node ports that \
-             need them do not answer; is --node-name right?"
+             answer at its primary address answer at every local one meanwhile; is --node-name right?"
         );
     }
 
@@ -346,12 +401,19 @@ impl Reconciler {
             tracing::warn!(why, "giving the connection up");
             self.lost();
         }
+        if let Some(addresses) = self.new_addresses.as_mut().and_then(|new| new()) {
+            self.view.set_interface_addresses(addresses);
+            if self.session.position().is_some() {
+                self.pending.wait(now);
+            }
+        }
         let due = self.failures.due(now.monotonic);
         if !due.is_empty() {
             self.pending.wait(now);
             self.pending.retries = due;
         }
         if let (Some(cache), Some(position)) = (&mut self.cache, self.session.position())
+            && self.programmed
             && self.pending.committed.is_empty()
         {
             cache.catch_up(position, self.session.node(), self.session.state());

@@ -10,9 +10,10 @@ use anyhow::Context;
 use lockstep_client::cache::{Cache, CacheError, Restored};
 use lockstep_client::session::{Identity, Now};
 use lockstep_client::transport;
+use lockstep_kernel::addresses::Addresses;
 use lockstep_model::{Family, Feature};
-use lockstep_view::Backend;
 use lockstep_view::backend::Description;
+use lockstep_view::{NodePortAddresses, ViewConfig};
 use lockstep_wire::v1;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -21,8 +22,8 @@ use tokio::time::MissedTickBehavior;
 use crate::config::{Config, EXIT_CONFIG, EXIT_FAILED, EXIT_NOT_BUILT, EXIT_UNUSABLE, Mode, RunArguments};
 use crate::http;
 use crate::metrics::Metrics;
-use crate::mode;
-use crate::reconcile::{Event, Parts, Reconciler};
+use crate::mode::{self, Chosen};
+use crate::reconcile::{Event, NewAddresses, Parts, Reconciler};
 use crate::status::Status;
 
 /// Frames that may wait for the loop: they are up to 1 MiB each.
@@ -71,23 +72,24 @@ fn run(config: &Config) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error).context("--state-dir"),
     };
-    let backend = match mode::choose(config.mode, config.iptables_flavour) {
-        Ok(backend) => backend,
+    let chosen = match mode::choose(config.mode, config.iptables_flavour) {
+        Ok(chosen) => chosen,
         Err(error) => {
             tracing::error!("{error:#}");
             return Ok(ExitCode::from(EXIT_UNUSABLE));
         }
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("tokio")?;
-    runtime.block_on(serve(config, backend, cache, restored))
+    runtime.block_on(serve(config, chosen, cache, restored))
 }
 
 async fn serve(
     config: &Config,
-    backend: Box<dyn Backend + Send>,
+    chosen: Chosen,
     cache: Cache,
     restored: Option<Restored>,
 ) -> anyhow::Result<ExitCode> {
+    let Chosen { backend, interface } = chosen;
     let description = backend.describe();
     let status = Arc::new(Status::default());
     let stopping = Arc::new(AtomicBool::new(false));
@@ -102,12 +104,15 @@ async fn serve(
     let (servers, node) = (config.servers.clone(), config.node_name.clone());
     let link = tokio::spawn(async move { transport::run(servers, &node, events).await });
 
+    let view_config = mode::view_config(config, &description);
     let parts = Parts {
         backend,
+        remove_others: Some(Box::new(move || mode::remove_others(interface))),
+        new_addresses: new_addresses(&view_config)?,
         cache: Some(cache),
         restored,
         identity: identity(config, &description),
-        view_config: mode::view_config(config, &description),
+        view_config,
         status,
         metrics,
         stopping,
@@ -116,6 +121,34 @@ async fn serve(
     // The transport ends when nobody takes its events any more; it sends the last Ack first.
     let _ = tokio::time::timeout(FAREWELL, link).await;
     ended
+}
+
+/// Follows the addresses of the node's interfaces, where node ports depend on them.
+fn new_addresses(view_config: &ViewConfig) -> anyhow::Result<Option<NewAddresses>> {
+    if !matches!(view_config.node_port_addresses, NodePortAddresses::Cidrs(_)) {
+        return Ok(None);
+    }
+    let mut addresses = Addresses::open().context("listen for changes of interface addresses")?;
+    let mut due = true;
+    Ok(Some(Box::new(move || {
+        let news = addresses.changed().and_then(|changed| {
+            due |= changed;
+            if due { addresses.list().map(Some) } else { Ok(None) }
+        });
+        match news {
+            Ok(list) => {
+                due = false;
+                list
+            }
+            Err(error) => {
+                // What is in force stays, and the next turn asks again.
+                if !std::mem::replace(&mut due, true) {
+                    tracing::warn!(%error, "cannot read the addresses of the interfaces");
+                }
+                None
+            }
+        }
+    })))
 }
 
 /// The reconcile thread. The cache's last write is part of its end.

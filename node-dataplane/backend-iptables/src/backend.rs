@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 use lockstep_kernel::exec::Run;
 use lockstep_kernel::sysctl;
 use lockstep_model::{Family, Feature, ServiceKey};
-use lockstep_view::ForwardingPlan;
 use lockstep_view::backend::{
     Applied, Audit, Backend, BackendError, Description, Drift, FailureKind, ServiceFailure,
 };
+use lockstep_view::{ForwardingPlan, NodePortAddresses};
 
 use crate::check;
 use crate::choose;
 use crate::cleanup::cleanup;
 use crate::family::FamilyState;
-use crate::names::{ChainName, Shared};
+use crate::names::{ChainName, Shared, Table};
 use crate::observe::Snapshot;
 use crate::read_back::read_back;
 use crate::tool::{Flavour, Tool, ToolError};
@@ -149,7 +149,17 @@ impl Backend for Iptables {
             version: format!("{} {}", self.flavour, self.version),
             families: self.families.iter().map(|state| state.tool.family).collect(),
             features: features.into_iter().filter(can).collect(),
+            node_port_addresses: NodePortAddresses::AllLocal,
         }
+    }
+
+    fn standing(&mut self) -> Result<bool, BackendError> {
+        let mut found = false;
+        for (family, saved) in self.each(|state| state.tool.save()) {
+            let saved = saved.map_err(|error| self.failed(family, "look for our chains", error))?;
+            found |= Snapshot::parse(&saved).chains(Table::Nat).contains_key(Shared::Services.chain());
+        }
+        Ok(found)
     }
 
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {

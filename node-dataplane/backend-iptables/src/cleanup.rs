@@ -1,15 +1,38 @@
 //! Removing everything of ours, which is everything of a kube-proxy too, and nothing else.
 
+use std::sync::Arc;
+
+use lockstep_kernel::exec::Run;
+use lockstep_model::Family;
+
 use crate::fixed;
 use crate::input::{Change, Input, Op, Owner};
 use crate::names::{self, CANARY, Table};
 use crate::observe::Snapshot;
-use crate::tool::{Tool, ToolError};
+use crate::tool::{Flavour, Tool, ToolError};
+
+/// Removes what is ours in a flavour. Tries nothing out and makes no table: a host that does not
+/// use this flavour is left without a trace. Returns the number of rules and chains that are gone.
+pub fn remove(run: &Arc<dyn Run>, flavour: Flavour) -> Result<usize, ToolError> {
+    let mut objects = 0;
+    for family in Family::ALL {
+        let tool = Tool::new(Arc::clone(run), flavour, family);
+        match tool.save() {
+            Ok(saved) => objects += remove_from(&tool, &saved)?,
+            // Where its tools do not work, this agent has hardly written with them.
+            Err(error) => tracing::info!(%flavour, ?family, %error, "this iptables cannot be read here"),
+        }
+    }
+    Ok(objects)
+}
 
 /// Returns the number of rules and chains that are gone.
 pub(crate) fn cleanup(tool: &Tool) -> Result<usize, ToolError> {
-    let saved = tool.save()?;
-    let snapshot = Snapshot::parse(&saved);
+    remove_from(tool, &tool.save()?)
+}
+
+fn remove_from(tool: &Tool, saved: &str) -> Result<usize, ToolError> {
+    let snapshot = Snapshot::parse(saved);
     let mut ops = Vec::new();
     let mut objects = 0;
     for table in Table::ALL {

@@ -54,4 +54,5 @@ mod watch;
 
 pub use backend::Iptables;
 pub use choose::{Choice, Unusable, detect, probe};
+pub use cleanup::remove;
 pub use tool::{Flavour, ToolError};

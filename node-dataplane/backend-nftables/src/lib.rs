@@ -36,7 +36,7 @@ use lockstep_kernel::netlink;
 use lockstep_kernel::nf_tables::{self, Batch, Kernel, Netfilter};
 use lockstep_model::{Family, ServiceKey};
 use lockstep_view::backend::{Applied, Audit, BackendError, Description, Drift, FailureKind, ServiceFailure};
-use lockstep_view::{Backend, ForwardingPlan};
+use lockstep_view::{Backend, ForwardingPlan, NodePortAddresses};
 
 use crate::names::{PROBE_TABLE, TABLE};
 use crate::rules::kernel_family;
@@ -158,7 +158,17 @@ impl<N: Netfilter> Backend for Nftables<N> {
             version: format!("netlink, Linux {}", lockstep_kernel::release()),
             families: Family::ALL.to_vec(),
             features: contents::FEATURES.to_vec(),
+            node_port_addresses: NodePortAddresses::Primary,
         }
+    }
+
+    fn standing(&mut self) -> Result<bool, BackendError> {
+        let mut found = false;
+        for family in Family::ALL {
+            found |= nf_tables::table_exists(&mut self.netfilter, kernel_family(family), TABLE)
+                .map_err(|error| backend_error("look for our tables", error))?;
+        }
+        Ok(found)
     }
 
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {

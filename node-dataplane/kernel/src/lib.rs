@@ -8,6 +8,7 @@
 //! It knows messages, attributes and errnos. It knows no Service, no plan and no policy.
 #![allow(unsafe_code)] // the one crate that may; every block says why it is sound
 
+pub mod addresses;
 mod errno;
 pub mod exec;
 pub mod memory;

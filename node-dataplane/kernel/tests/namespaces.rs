@@ -1,6 +1,10 @@
 //! Netlink in real network namespaces. Needs root.
 #![allow(clippy::unwrap_used)] // a test states its expectations with unwrap
 
+use std::net::IpAddr;
+use std::process::Command;
+
+use lockstep_kernel::addresses::Addresses;
 use lockstep_kernel::nf_tables::{
     self, Batch, Chain, CommitError, ElementOp, Family, Kernel, Netfilter, put_key,
 };
@@ -69,6 +73,27 @@ fn a_chain_is_there_or_not() {
         Kernel::open().unwrap().commit(batch.finish()).unwrap();
         assert!(there("t", "c").unwrap());
         assert!(!there("t", "d").unwrap());
+    })
+    .expect("these tests need root");
+}
+
+#[test]
+fn addresses_are_listed_and_their_changes_heard() {
+    netns::run_in_new(|| {
+        let ip = |line: &str| assert!(Command::new("ip").args(line.split(' ')).status().unwrap().success());
+        let known = |addresses: &mut Addresses| {
+            addresses.list().unwrap().iter().map(IpAddr::to_string).collect::<Vec<_>>()
+        };
+        let mut addresses = Addresses::open().unwrap();
+        assert!(known(&mut addresses).is_empty() && !addresses.changed().unwrap());
+        ip("link set lo up");
+        ip("addr add 192.0.2.7/24 dev lo");
+        ip("addr add 2001:db8::7/64 dev lo nodad");
+        assert!(addresses.changed().unwrap() && !addresses.changed().unwrap());
+        assert_eq!(known(&mut addresses), ["127.0.0.1", "192.0.2.7", "::1", "2001:db8::7"]);
+        ip("addr del 192.0.2.7/24 dev lo");
+        assert!(addresses.changed().unwrap());
+        assert_eq!(known(&mut addresses), ["127.0.0.1", "::1", "2001:db8::7"]);
     })
     .expect("these tests need root");
 }

@@ -8,12 +8,15 @@ use std::time::Duration;
 
 use lockstep_model::{Family, Feature, ServiceKey};
 
-use crate::ForwardingPlan;
+use crate::{ForwardingPlan, NodePortAddresses};
 
 /// Puts plans in force. All calls block; the agent makes them from one thread of its own.
 pub trait Backend {
     /// What this backend is and can do on this machine.
     fn describe(&self) -> Description;
+
+    /// True where the kernel has rules that `sync` would adopt, whatever they say. Writes nothing.
+    fn standing(&mut self) -> Result<bool, BackendError>;
 
     /// Compares the whole kernel state with the plan and writes the difference: at start
     /// (which adopts what an earlier process left), after a failure and after drift.
@@ -57,6 +60,8 @@ pub struct Description {
     pub families: Vec<Family>,
     /// Features it can program, sorted.
     pub features: Vec<Feature>,
+    /// Where node ports answer unless the operator says otherwise: where kube-proxy's do in this mode.
+    pub node_port_addresses: NodePortAddresses,
 }
 
 /// What a write did.

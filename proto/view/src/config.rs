@@ -29,7 +29,8 @@ pub struct ViewConfig {
 pub enum NodePortAddresses {
     /// Every address local to the node.
     AllLocal,
-    /// The node's primary address in each family.
+    /// The node's primary address in each family. While the node's addresses are not known, every
+    /// local address: a node port that answers nowhere would be a Service that is not in force.
     Primary,
     /// The node's addresses inside these. A family without a CIDR, or with the one that
     /// holds everything, answers on every local address.
@@ -84,6 +85,7 @@ impl ViewConfig {
         let usable = |ip: &IpAddr| Family::of(*ip) == family && !ip.is_loopback();
         let mut addresses: Vec<IpAddr> = match &self.node_port_addresses {
             NodePortAddresses::AllLocal => return NodePortScope::AllLocal,
+            NodePortAddresses::Primary if node.addresses.is_empty() => return NodePortScope::AllLocal,
             NodePortAddresses::Primary => primary(node, family).filter(usable).into_iter().collect(),
             NodePortAddresses::Cidrs(cidrs) => {
                 let mut cidrs = cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family).peekable();

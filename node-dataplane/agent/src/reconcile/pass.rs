@@ -18,6 +18,9 @@ use crate::metrics::{Changes, Phase};
 const STUBBORN: u32 = 3;
 /// With more Services than this to program, the control plane first learns that they arrived.
 const WORTH_AN_ACK: usize = 1_000;
+/// A verified change waits so long at most for the cache's `write`, which has as long as reading back
+/// takes before; after that the next turns ask for it.
+const SETTLE: Duration = Duration::from_millis(20);
 /// One line about repairs in this time at most, however often somebody interferes.
 const REPAIR_LOG: Duration = Duration::from_secs(10);
 
@@ -26,7 +29,7 @@ impl Reconciler {
     pub(super) fn work(&mut self, now: Now) {
         let Some(position) = self.session.position() else { return };
         let recheck = self.recheck_at.is_some_and(|at| now.monotonic >= at);
-        if !self.pending.any && !recheck {
+        if self.held_back || (!self.pending.any && !recheck) {
             return;
         }
         if !self.pace.may_program(now.monotonic) {
@@ -63,6 +66,7 @@ impl Reconciler {
         self.metrics.phase(Phase::Queue, stats.queue);
         self.metrics.phase(Phase::View, viewed - started);
         self.metrics.phase(Phase::Apply, done - viewed);
+        self.keep(pending.committed);
         match result {
             Err(error) => {
                 self.pending.transactions = pending.transactions;
@@ -78,7 +82,6 @@ impl Reconciler {
                 self.status.update(|status| status.programmed = Some(wall));
             }
         }
-        self.keep(pending.committed);
         self.touched += if full { GIVE_BACK_FROM } else { changed.len() };
         if self.touched >= GIVE_BACK_FROM {
             self.touched = 0;
@@ -159,6 +162,7 @@ impl Reconciler {
 
     /// Reads back what was written.
     fn verify(&mut self, position: Position) {
+        self.unsettled = None;
         let started = Instant::now();
         let result = self.backend.verify();
         let took = started.elapsed();
@@ -169,31 +173,89 @@ impl Reconciler {
         match result {
             // Only what was written last was read: an older difference is still open.
             Ok(drift) if drift.is_empty() && self.recheck_at.is_some() => {}
-            Ok(drift) if drift.is_empty() => {
-                self.differing = 0;
-                self.recovered();
-                self.report.verified = Some(position);
-                self.mirror();
-                self.acknowledge();
-            }
+            Ok(drift) if drift.is_empty() => match self.remove_others() {
+                Ok(()) => {
+                    self.differing = 0;
+                    self.recovered();
+                    self.settle(position, SETTLE);
+                }
+                Err(text) => self.unverified(&text),
+            },
             Ok(drift) => {
-                self.differing = self.differing.saturating_add(1);
                 let text = describe(&drift);
                 tracing::warn!(
                     drift = text,
                     "what was read back differs from what was written, comparing everything"
                 );
-                if self.differing >= STUBBORN {
-                    self.report.backend_error = format!("the kernel does not keep what is written: {text}");
-                }
-                // What was verified before may be what differs.
-                self.report.verified = None;
-                self.recheck_at = Some(Instant::now() + pace::retry(self.differing));
-                self.mirror();
-                self.acknowledge();
+                self.unverified(&format!("the kernel does not keep what is written: {text}"));
             }
             Err(error) => self.refused(&error, None, None),
         }
+    }
+
+    /// What was read back is verified once the cache has it too, or says that it has not.
+    pub(super) fn settle(&mut self, position: Position, patience: Duration) {
+        self.unsettled = None;
+        if self.report.applied != Some(position) {
+            return;
+        }
+        if self.cache.as_ref().is_none_or(|cache| cache.settled(patience)) {
+            self.report.verified = Some(position);
+            self.mirror();
+            self.acknowledge();
+        } else {
+            self.unsettled = Some(position);
+        }
+    }
+
+    /// Nothing counts as verified until everything has been compared again.
+    fn unverified(&mut self, text: &str) {
+        self.differing = self.differing.saturating_add(1);
+        if self.differing >= STUBBORN {
+            text.clone_into(&mut self.report.backend_error);
+        }
+        // What was verified before may be what differs.
+        self.report.verified = None;
+        self.recheck_at = Some(Instant::now() + pace::retry(self.differing));
+        self.mirror();
+        self.acknowledge();
+    }
+
+    /// Once what the backend wrote has been read back, the rules of other modes go: not before,
+    /// so that there is no gap, and not after the ack, which would not be true.
+    fn remove_others(&mut self) -> Result<(), String> {
+        let Some(remove) = &mut self.remove_others else { return Ok(()) };
+        if self.outdated {
+            // They may be newer than what was programmed just now.
+            return Err(
+                "the cached state is outdated, so rules of other modes stay until a control plane is reached"
+                    .to_owned(),
+            );
+        }
+        let mut fault = None;
+        for (interface, outcome) in remove() {
+            match outcome {
+                Ok(0) => {}
+                Ok(objects) => {
+                    self.metrics.other_modes_removed.inc_by(objects as u64);
+                    tracing::warn!(%interface, objects, "removed the rules of a mode that is not in use any more");
+                }
+                Err(error) => {
+                    let text = format!(
+                        "rules of {interface}, a mode that is not in use, cannot be removed: {error:#}"
+                    );
+                    tracing::warn!("{text}");
+                    fault.get_or_insert(text);
+                }
+            }
+        }
+        fault.map_or_else(
+            || {
+                self.remove_others = None;
+                Ok(())
+            },
+            Err,
+        )
     }
 
     /// Looks for changes that somebody else made, and for those nobody saw happen.
@@ -226,7 +288,7 @@ impl Reconciler {
         let applied = match self.backend.sync(self.view.plan()) {
             Ok(applied) => applied,
             Err(error) => {
-                self.report.verified = None;
+                (self.report.verified, self.unsettled) = (None, None);
                 return self.refused(&error, None, None);
             }
         };
@@ -244,7 +306,7 @@ impl Reconciler {
             }
             return;
         }
-        self.report.verified = None;
+        (self.report.verified, self.unsettled) = (None, None);
         self.report.drift_repairs += 1;
         self.metrics.drift_repairs.inc();
         self.metrics.objects_changed.inc_by(objects as u64);

@@ -4,6 +4,8 @@ mod fake;
 mod honesty;
 mod server;
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime};
@@ -35,6 +37,8 @@ fn parts(kernel: &Kernel, status: &Arc<Status>, cache: Option<Cache>, restored: 
     let (metrics, _) = Metrics::new(&Family::ALL);
     Parts {
         backend: Box::new(FakeBackend(kernel.clone())),
+        remove_others: Some(kernel.remove_others()),
+        new_addresses: None,
         cache,
         restored,
         identity: Identity {
@@ -373,6 +377,78 @@ fn a_restart_without_control_plane_programs_the_cache_and_says_it_is_stale() {
     let ack = second.last_ack();
     assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, second.server.seq));
     assert!(second.kernel.lock().calls.iter().all(|call| !call.starts_with("apply")));
+}
+
+/// What a new process finds in the state directory, while the old one's writer still stands.
+fn found(directory: &Path) -> (tempfile::TempDir, Option<Cache>, Option<Restored>) {
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["held.log", "held.outdated"] {
+        if directory.join(name).exists() {
+            std::fs::copy(directory.join(name), copy.path().join(name)).unwrap();
+        }
+    }
+    let (cache, restored) = Cache::open(copy.path(), "node-a").unwrap();
+    (copy, Some(cache), restored)
+}
+
+#[test]
+fn a_kill_after_verified_brings_no_removed_endpoint_back_however_slow_the_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let (cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+    let mut first = Bench::with(Kernel::default(), Some(cache), restored);
+    first.server.service(1, 1);
+    first.server.service(2, 1);
+    first.connect();
+    let (mut server, kernel) = (first.server.clone(), first.kernel.clone());
+    drop(first);
+
+    // Its disk hangs in the middle of writing the file anew: opening this waits for a reader.
+    let temporary = directory.path().join("held.new");
+    assert!(Command::new("mkfifo").arg(&temporary).status().unwrap().success());
+    let (cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+    let mut second = Bench::with(kernel.clone(), Some(cache), restored);
+    server.remove(2);
+    (3..30).for_each(|index| server.service(index, 1));
+    second.server = server;
+    second.connect();
+    let verified = |bench: &mut Bench| bench.acks().iter().any(|ack| ack.verified_seq == bench.server.seq);
+    let begun = Instant::now();
+    let mut at = 0;
+    while !verified(&mut second) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "the disk holds up the ack");
+        at += 200;
+        second.tick(at);
+    }
+    assert!(!second.programmed().contains(&key(2)));
+
+    // kill -9, no control plane: the rules are newer than the disk, and stay.
+    let (_copy, cache, restored) = found(directory.path());
+    let mut third = Bench::with(kernel.clone(), cache, restored);
+    kernel.lock().calls.clear();
+    (0..10).for_each(|round| third.tick(round * 1_000));
+    assert!(!third.programmed().contains(&key(2)) && third.programmed().contains(&key(29)));
+    assert!(kernel.lock().calls.is_empty(), "{:?}", kernel.lock().calls);
+    // After a reboot there are none, and what the disk has is better than nothing.
+    let (_copy, cache, restored) = found(directory.path());
+    let mut rebooted = Bench::with(Kernel::default(), cache, restored);
+    rebooted.kernel.lock().others = 7;
+    rebooted.tick(0);
+    assert_eq!(rebooted.programmed(), [key(1), key(2)]);
+    // Rules of another mode may be newer than that, so they do not go yet.
+    assert_eq!(rebooted.kernel.lock().others, 7);
+    rebooted.server = second.server.clone();
+    rebooted.connect();
+    rebooted.tick(20_000);
+    assert_eq!(rebooted.last_ack().outcome(), v1::Outcome::Verified);
+    assert_eq!(rebooted.kernel.lock().others, 0);
+    // The control plane is back.
+    third.server = second.server.clone();
+    third.connect();
+    assert_eq!(third.last_ack().verified_seq, third.server.seq);
+    assert!(!third.programmed().contains(&key(2)));
+    let reader = std::fs::File::options().read(true).write(true).open(&temporary).unwrap();
+    drop(second);
+    drop(reader);
 }
 
 #[test]

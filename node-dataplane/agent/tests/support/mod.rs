@@ -208,7 +208,7 @@ pub(crate) struct Agent {
 impl Agent {
     pub(crate) fn start(mode: Mode, flavour: IptablesFlavour, state: &Path, server: SocketAddr) -> Self {
         let (cache, restored) = Cache::open(state, NODE).unwrap();
-        let backend = mode::choose(mode, flavour).unwrap();
+        let mode::Chosen { backend, interface } = mode::choose(mode, flavour).unwrap();
         let description = backend.describe();
         let (metrics, _) = Metrics::new(&description.families);
         let status = Arc::new(Status::default());
@@ -225,6 +225,8 @@ impl Agent {
         };
         let parts = Parts {
             backend,
+            remove_others: Some(Box::new(move || mode::remove_others(interface))),
+            new_addresses: None,
             cache: Some(cache),
             restored,
             identity,

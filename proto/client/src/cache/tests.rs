@@ -1,5 +1,7 @@
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use lockstep_model::{Key, NodeContext, State};
 
@@ -202,4 +204,96 @@ fn the_file_is_written_anew_when_it_has_grown() {
     assert_eq!(restored.unwrap().held.state.digest(), state.digest());
     let bytes = fs::metadata(directory.path().join(LOG)).unwrap().len();
     assert!(bytes < 2 * 1024 * 1024, "{bytes} bytes");
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a process finds that starts now, while the writer of the one before still stands.
+fn as_found(directory: &Path) -> Option<Restored> {
+    let copy = tempfile::tempdir().unwrap();
+    for name in [LOG, "held.outdated"] {
+        if directory.join(name).exists() {
+            // It may have got its other name just now.
+            let _ = fs::copy(directory.join(name), copy.path().join(name));
+        }
+    }
+    reopen(copy.path())
+}
+
+#[test]
+fn what_is_settled_is_found_by_whoever_starts_after_a_kill() {
+    let directory = tempfile::tempdir().unwrap();
+    written(directory.path());
+    let (mut cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+    let mut state = restored.unwrap().held.state;
+    for seq in 5..50 {
+        commit(&mut cache, &mut state, seq, vec![upsert(service(9, u8::try_from(seq).unwrap()))]);
+        assert!(cache.settled(PATIENCE));
+        let found = as_found(directory.path()).unwrap();
+        assert_eq!((found.held.position, found.outdated), (position(seq, &state), false));
+    }
+}
+
+/// A rewrite that hangs in the disk: nobody waits, and what is on disk does not pass for new.
+#[test]
+fn while_the_writer_is_stuck_everything_is_settled_and_the_file_is_called_outdated() {
+    let directory = tempfile::tempdir().unwrap();
+    let old = *written(directory.path()).last().unwrap();
+    let (mut cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+    let mut state = restored.unwrap().held.state;
+    // Opening it for writing waits until somebody reads.
+    let temporary = directory.path().join("held.new");
+    assert!(Command::new("mkfifo").arg(&temporary).status().unwrap().success());
+    commit(&mut cache, &mut state, 5, all(&cluster(40)));
+    assert!(cache.settled(PATIENCE));
+    commit(&mut cache, &mut state, 6, vec![upsert(service(9, 9))]);
+    assert!(cache.settled(Duration::ZERO), "it cannot be mistaken, so nobody waits");
+    let found = as_found(directory.path()).unwrap();
+    assert_eq!((found.held.position, found.outdated), (old, true));
+    // It goes on, and in the end the file has everything and its good name.
+    let reader = File::options().read(true).write(true).open(&temporary).unwrap();
+    fs::remove_file(&temporary).unwrap();
+    drop(cache);
+    drop(reader);
+    let found = reopen(directory.path()).unwrap();
+    assert_eq!((found.held.position, found.outdated), (position(6, &state), false));
+}
+
+#[test]
+fn a_disk_that_is_full_keeps_the_old_file_and_is_tried_again_without_being_asked() {
+    let directory = tempfile::tempdir().unwrap();
+    let old = *written(directory.path()).last().unwrap();
+    let retry = Duration::from_millis(20);
+    let (mut cache, restored) = Cache::open_retrying(directory.path(), "node-a", retry).unwrap();
+    let mut state = restored.unwrap().held.state;
+    let temporary = directory.path().join("held.new");
+    std::os::unix::fs::symlink("/dev/full", &temporary).unwrap();
+    commit(&mut cache, &mut state, 5, all(&cluster(40)));
+    assert!(cache.settled(PATIENCE));
+    let found = as_found(directory.path()).unwrap();
+    assert_eq!((found.held.position, found.outdated), (old, true), "the old state is better than none");
+    fs::remove_file(&temporary).unwrap();
+    let begun = Instant::now();
+    while as_found(directory.path()).is_none_or(|found| found.outdated) {
+        assert!(begun.elapsed() < PATIENCE, "it is not tried again");
+        std::thread::sleep(retry);
+    }
+    assert_eq!(as_found(directory.path()).unwrap().held.position, position(5, &state));
+    drop(cache);
+}
+
+#[test]
+fn an_outdated_file_stays_outdated_until_something_is_handed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let last = *written(directory.path()).last().unwrap();
+    fs::rename(directory.path().join(LOG), directory.path().join("held.outdated")).unwrap();
+    assert!(reopen(directory.path()).unwrap().outdated);
+    let (mut cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+    let restored = restored.unwrap();
+    assert!(restored.outdated);
+    // It turned out to be what the control plane has.
+    cache.catch_up(last, &node(), &restored.held.state);
+    drop(cache);
+    let found = reopen(directory.path()).unwrap();
+    assert_eq!((found.held.position, found.outdated), (last, false));
 }

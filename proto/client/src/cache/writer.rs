@@ -2,34 +2,43 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use lockstep_model::{NodeContext, State};
 
 use super::format::{self, Loaded, WriteError};
+use super::progress::{Files, Progress};
 use crate::Position;
 use crate::session::Change;
 
 /// Least time between two syncs of what was appended.
 const SYNC_EVERY: Duration = Duration::from_secs(5);
-/// Least time between two tries to write the file anew after an error.
-const RETRY_EVERY: Duration = Duration::from_secs(30);
 /// A file that grew by less is not worth writing anew.
 const MIN_GROWTH: u64 = 1024 * 1024;
 
-/// What the writer is asked to keep.
+/// What the writer is asked to keep, with the number of the request.
 #[derive(Debug)]
-pub(super) enum Job {
+pub(super) struct Job {
+    pub(super) number: u64,
+    pub(super) what: What,
+    pub(super) position: Position,
+    pub(super) node: Option<NodeContext>,
+}
+
+#[derive(Debug)]
+pub(super) enum What {
     /// Changes to what it has.
-    Append { changes: Vec<Change>, position: Position, node: Option<NodeContext> },
+    Append(Vec<Change>),
     /// All of it.
-    Replace { state: Box<State>, position: Position, node: Option<NodeContext> },
+    Replace(Box<State>),
 }
 
 pub(super) struct Writer {
-    path: PathBuf,
+    files: Files,
+    progress: Arc<Progress>,
     node_name: String,
     /// A copy of its own: the resources are shared with the session, the table is not, so a
     /// rewrite needs nobody's leave.
@@ -44,12 +53,21 @@ pub(super) struct Writer {
     unsynced: Option<Instant>,
     /// When a rewrite failed last: one log line per change, not per transaction.
     failed: Option<Instant>,
+    /// Least time between two tries to write the file anew after an error.
+    retry_every: Duration,
 }
 
 impl Writer {
-    pub(super) fn new(path: PathBuf, node_name: &str, loaded: Option<&Loaded>) -> Self {
+    pub(super) fn new(
+        files: Files,
+        progress: Arc<Progress>,
+        node_name: &str,
+        loaded: Option<&Loaded>,
+        retry_every: Duration,
+    ) -> Self {
         let mut writer = Self {
-            path,
+            files,
+            progress,
             node_name: node_name.to_owned(),
             state: State::default(),
             position: Position::default(),
@@ -59,12 +77,14 @@ impl Writer {
             growth: 0,
             unsynced: None,
             failed: None,
+            retry_every,
         };
         if let Some(loaded) = loaded {
             writer.state = loaded.held.state.clone();
             writer.position = loaded.held.position;
             writer.node = loaded.held.node.clone();
-            writer.file = reopen(&writer.path, loaded.good_bytes).ok();
+            let path = writer.files.named(writer.progress.is_outdated());
+            writer.file = reopen(path, loaded.good_bytes).ok();
             writer.base = loaded.base_bytes;
             writer.growth = loaded.good_bytes - loaded.base_bytes;
         }
@@ -74,16 +94,32 @@ impl Writer {
     /// Writes until nobody can ask any more.
     pub(super) fn run(mut self, jobs: &Receiver<Job>) {
         loop {
-            let wait = self.unsynced.map(|since| SYNC_EVERY.saturating_sub(since.elapsed()));
-            let job = match wait {
+            self.trust();
+            let sync = self.unsynced.map(|since| SYNC_EVERY.saturating_sub(since.elapsed()));
+            let retry = self.failed.map(|since| self.retry_every.saturating_sub(since.elapsed()));
+            let job = match sync.into_iter().chain(retry).min() {
                 None => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(wait) => jobs.recv_timeout(wait),
             };
             match job {
-                Ok(job) => self.write(job),
-                Err(RecvTimeoutError::Timeout) => self.sync(),
-                Err(RecvTimeoutError::Disconnected) => {
+                Ok(job) => {
+                    let number = job.number;
+                    self.write(job);
+                    self.progress.wrote(number);
+                }
+                Err(RecvTimeoutError::Timeout) if self.failed.is_some() => self.rewrite(),
+                Err(RecvTimeoutError::Timeout) => {
+                    // Whoever waits for what follows does not wait for the disk.
+                    self.distrust();
                     self.sync();
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    if self.failed.is_some() {
+                        self.retry_every = Duration::ZERO;
+                        self.rewrite();
+                    }
+                    self.sync();
+                    self.trust();
                     return;
                 }
             }
@@ -91,11 +127,10 @@ impl Writer {
     }
 
     fn write(&mut self, job: Job) {
-        let appended = match job {
-            Job::Append { changes, position, node } => {
+        let Job { what, position, node, number: _ } = job;
+        let appended = match what {
+            What::Append(changes) => {
                 let appended = self.append(&changes, position, node.as_ref());
-                self.node = node.unwrap_or_else(|| self.node.clone());
-                self.position = position;
                 for change in changes {
                     match change {
                         Change::Upsert(version, resource) => self.state.upsert(version, resource),
@@ -104,13 +139,13 @@ impl Writer {
                 }
                 appended
             }
-            Job::Replace { state, position, node } => {
+            What::Replace(state) => {
                 self.state = *state;
-                self.position = position;
-                self.node = node.unwrap_or_else(|| self.node.clone());
                 Ok(false)
             }
         };
+        self.position = position;
+        self.node = node.unwrap_or_else(|| self.node.clone());
         match appended {
             Ok(true) if self.growth <= self.base.max(MIN_GROWTH) => {}
             Ok(_) => self.rewrite(),
@@ -118,6 +153,32 @@ impl Writer {
                 self.report(&error);
                 self.rewrite();
             }
+        }
+    }
+
+    /// The file is older than what may be in force by now: its name says so, and nobody waits.
+    fn distrust(&self) {
+        if self.progress.is_outdated() {
+            return;
+        }
+        if let Err(error) = self.files.distrust() {
+            tracing::warn!(
+                path = %self.files.current.display(), %error,
+                "cannot rename the outdated cache: a restart without control plane would program it"
+            );
+        }
+        self.progress.outdated();
+    }
+
+    /// Where everything that was handed over is in the file, its name says that.
+    fn trust(&self) {
+        if self.file.is_none() || !self.progress.caught_up() {
+            return;
+        }
+        // From here on everybody waits again, and until the name is right it errs towards old.
+        if let Err(error) = fs::rename(&self.files.outdated, &self.files.current) {
+            tracing::warn!(path = %self.files.outdated.display(), %error, "cannot rename the cache");
+            self.progress.outdated();
         }
     }
 
@@ -146,13 +207,14 @@ impl Writer {
     }
 
     fn rewrite(&mut self) {
-        if self.failed.is_some_and(|failed| failed.elapsed() < RETRY_EVERY) {
+        self.distrust();
+        if self.failed.is_some_and(|failed| failed.elapsed() < self.retry_every) {
             return;
         }
         match self.write_anew() {
             Ok((file, bytes)) => {
                 if self.failed.take().is_some() {
-                    tracing::info!(path = %self.path.display(), "the state is kept on disk again");
+                    tracing::info!(path = %self.files.current.display(), "the state is kept on disk again");
                 }
                 self.file = Some(file);
                 self.base = bytes;
@@ -162,20 +224,16 @@ impl Writer {
             Err(error) => {
                 self.report(&error);
                 self.failed = Some(Instant::now());
+                // What was on disk stays: after a reboot, an old state is better than none.
                 self.file = None;
-                // A file that is older than what the node does is worse than none.
-                if let Err(error) = fs::remove_file(&self.path)
-                    && error.kind() != io::ErrorKind::NotFound
-                {
-                    tracing::warn!(path = %self.path.display(), %error, "cannot remove the outdated cache");
-                }
+                self.unsynced = None;
             }
         }
     }
 
     fn report(&self, error: &WriteError) {
         if self.failed.is_none() {
-            tracing::warn!(path = %self.path.display(), %error, "cannot keep the state on disk");
+            tracing::warn!(path = %self.files.outdated.display(), %error, "cannot keep the state on disk, what was there stays");
         }
     }
 
@@ -183,12 +241,11 @@ impl Writer {
         let mut bytes = format::header(&self.node_name);
         format::node_record(&mut bytes, &self.node);
         format::state_records(&mut bytes, &self.state, self.position)?;
-        let temporary = self.path.with_extension("new");
-        let mut file = File::create(&temporary)?;
+        let mut file = File::create(&self.files.temporary)?;
         file.write_all(&bytes)?;
         file.sync_all()?;
-        fs::rename(&temporary, &self.path)?;
-        if let Some(directory) = self.path.parent() {
+        fs::rename(&self.files.temporary, &self.files.outdated)?;
+        if let Some(directory) = self.files.outdated.parent() {
             File::open(directory)?.sync_all()?;
         }
         Ok((file, bytes.len() as u64))
@@ -200,6 +257,7 @@ impl Writer {
             && let Err(error) = file.sync_data()
         {
             self.report(&error.into());
+            self.failed = Some(Instant::now());
             self.file = None;
         }
     }

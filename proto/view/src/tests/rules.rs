@@ -286,6 +286,19 @@ fn node_port_addresses_per_family() {
 }
 
 #[test]
+fn a_node_whose_addresses_are_unknown_answers_node_ports_at_all_of_them() {
+    let config = ViewConfig { node_port_addresses: NodePortAddresses::Primary, ..config() };
+    let unknown = lockstep_model::NodeContext::unknown("node-a");
+    let plan = config.node_plan(&unknown, &[ip("192.168.7.7")]);
+    assert_eq!(plan.node_ports(Family::V4), &NodePortScope::AllLocal);
+    // A family that a known node has no address of is another matter.
+    let known = lockstep_model::NodeContext { addresses: vec![ip("192.168.0.2")], ..unknown };
+    let plan = config.node_plan(&known, &[]);
+    assert_eq!(plan.node_ports(Family::V4), &NodePortScope::Addresses(vec![ip("192.168.0.2")]));
+    assert_eq!(plan.node_ports(Family::V6), &NodePortScope::Addresses(Vec::new()));
+}
+
+#[test]
 fn an_update_that_changes_nothing_names_nothing_and_keeps_the_plan() {
     let mut cluster = Cluster::new(config());
     let mut web = service("a/web", &["172.30.0.1"]);

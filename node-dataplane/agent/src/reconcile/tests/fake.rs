@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use lockstep_model::{Family, Feature, ServiceKey};
 use lockstep_view::backend::{Applied, Audit, BackendError, Description, Drift, FailureKind, ServiceFailure};
-use lockstep_view::{Backend, ForwardingPlan, ServicePlan};
+use lockstep_view::{Backend, ForwardingPlan, NodePortAddresses, ServicePlan};
+
+use crate::mode::Interface;
+use crate::reconcile::RemoveOthers;
 
 /// What a kernel holds, and how it will misbehave.
 #[derive(Debug, Default)]
@@ -24,6 +27,10 @@ pub(super) struct Inside {
     pub(super) disturbed: bool,
     /// So many read-backs see something else.
     pub(super) misread: u32,
+    /// Objects that another mode has left.
+    pub(super) others: usize,
+    /// So many times they cannot be removed.
+    pub(super) keep_others: u32,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -34,6 +41,22 @@ pub(super) struct FakeBackend(pub(super) Kernel);
 impl Kernel {
     pub(super) fn lock(&self) -> MutexGuard<'_, Inside> {
         self.0.lock().unwrap()
+    }
+
+    pub(super) fn remove_others(&self) -> RemoveOthers {
+        let kernel = self.clone();
+        Box::new(move || {
+            let mut kernel = kernel.lock();
+            if kernel.others == 0 {
+                return vec![(Interface::Nftables, Ok(0))];
+            }
+            kernel.calls.push("remove others".to_owned());
+            if kernel.keep_others > 0 {
+                kernel.keep_others -= 1;
+                return vec![(Interface::Nftables, Err(anyhow::anyhow!("locked on purpose")))];
+            }
+            vec![(Interface::Nftables, Ok(std::mem::take(&mut kernel.others)))]
+        })
     }
 }
 
@@ -96,7 +119,12 @@ impl Backend for FakeBackend {
             version: String::new(),
             families: Family::ALL.to_vec(),
             features: vec![Feature::Sctp],
+            node_port_addresses: NodePortAddresses::AllLocal,
         }
+    }
+
+    fn standing(&mut self) -> Result<bool, BackendError> {
+        Ok(!self.0.lock().services.is_empty())
     }
 
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {

@@ -104,3 +104,40 @@ fn a_node_name_that_the_cluster_does_not_know_is_said() {
     let snapshot = bench.status.snapshot();
     assert!(snapshot.node_unknown && snapshot.healthy(bench.at(0).monotonic));
 }
+
+#[test]
+fn rules_of_another_mode_go_after_the_read_back_and_before_it_counts_as_verified() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.kernel.lock().others = 7;
+    bench.kernel.lock().misread = 1;
+    bench.connect();
+    assert_eq!(
+        bench.kernel.lock().calls,
+        ["sync", "verify"],
+        "what differs is no ground for removing anything"
+    );
+    bench.tick(1_000);
+    assert_eq!(bench.kernel.lock().calls[2..], ["sync", "verify", "remove others"]);
+    assert_eq!(bench.last_ack().outcome(), v1::Outcome::Verified);
+    assert_eq!(bench.reconciler.metrics.other_modes_removed.get(), 7);
+}
+
+#[test]
+fn rules_of_another_mode_that_stay_are_not_verified_and_are_tried_again() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.kernel.lock().others = 7;
+    bench.kernel.lock().keep_others = 3;
+    bench.connect();
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Applied, 0));
+    (1..3).for_each(|round| bench.tick(round * 1_000));
+    let ack = bench.last_ack();
+    assert_eq!(ack.outcome(), v1::Outcome::Failed);
+    assert!(ack.backend_error.contains("locked on purpose"), "{}", ack.backend_error);
+    bench.tick(60_000);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
+    assert_eq!(bench.kernel.lock().others, 0);
+}
