@@ -40,6 +40,9 @@ pub(crate) struct Members<'a> {
 impl Members<'_> {
     /// The serial number of an endpoint; `None` where there is no such one, or no affinity.
     pub(crate) fn serial(&self, target: &Target) -> Option<u32> {
+        if self.serials.is_empty() {
+            return None;
+        }
         self.serials.get(self.sorted.binary_search(target).ok()?).copied()
     }
 }

@@ -357,6 +357,7 @@ fn churning(n: u16, random: &mut fastrand::Rng) -> std::sync::Arc<lockstep_view:
         }
     }
     let mut port = port_plan(Protocol::Tcp, 80, targets, frontends);
+    port.affinity_seconds = [None, None, Some(60), Some(10_800)][random.usize(0..4)];
     port.hairpin = port.cluster.iter().filter(|target| target.address == ip("10.224.0.1")).copied().collect();
     service(&format!("s{n}"), vec![port])
 }
