@@ -18,7 +18,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use crate::certificates::{Authority, Secret};
 use crate::lab::{Family, Lab, POD_CIDRS, Place};
-use crate::traffic::POD_PORT;
+use crate::traffic::{OTHER_POD_PORT, POD_PORT};
 
 /// Port of the control plane's gRPC server.
 pub const GRPC_PORT: u16 = 7443;
@@ -83,7 +83,7 @@ impl Product {
         let mut pods = Vec::new();
         for pod in lab.pods() {
             let mut command = lab.command(pod, program(&binaries, "lockstep-pod")?);
-            command.args([pod.to_string(), POD_PORT.to_string()]);
+            command.args([pod.to_string(), POD_PORT.to_string(), OTHER_POD_PORT.to_string()]);
             pods.push(Process::spawn(&lab, &pod.to_string(), command)?);
         }
         for pod in &mut pods {
@@ -251,6 +251,7 @@ impl Product {
             let (v4, v6) = (place.address(Family::V4), place.address(Family::V6));
             text.push_str(&format!(
                 "---\napiVersion: v1\nkind: Node\nmetadata:\n  name: {place}\n  uid: uid-{place}\n\
+                 \x20 labels: {{topology.kubernetes.io/zone: zone{node}}}\n\
                  spec:\n  podCIDRs: [10.244.{node}.0/24, 'fd00:244:{node}::/48']\n\
                  status:\n  addresses:\n  - {{type: InternalIP, address: {v4}}}\n  - {{type: InternalIP, address: '{v6}'}}\n"
             ));

@@ -2,19 +2,23 @@
 //! become of them. `scenarios/README.md` has the format.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::lab::{Family, Lab, Place};
 use crate::product::Product;
-use crate::traffic::{Outcome, POD_PORT, Transport, probe};
+use crate::traffic::{OTHER_POD_PORT, Outcome, POD_PORT, Transport, probe};
 
 /// Connections that look for an endpoint before it counts as missing: with three endpoints the
 /// odds of missing one by chance are 1 in 100,000,000.
 const TRIES: usize = 48;
+/// Connections that look for a client that is sent elsewhere: between two endpoints, the odds
+/// that it meets the same one by chance are 1 in 30,000.
+const STICKS: usize = 16;
 /// Connections that look for an endpoint that should not be there.
 const TRIES_AT_LEAST: usize = 8;
 
@@ -35,8 +39,28 @@ pub struct Step {
     /// Kubernetes manifests, all of them: what an earlier step had and this one has not is
     /// gone. Unset = as before.
     pub objects: Option<String>,
+    /// Addresses on interfaces, during this step.
+    #[serde(default)]
+    pub bound: Vec<Bound>,
     /// Probes, sent at the same time.
     pub probes: Vec<Probe>,
+}
+
+/// An address on an interface of a place.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bound {
+    /// Place.
+    pub at: String,
+    /// Address.
+    pub address: IpAddr,
+}
+
+impl Bound {
+    fn ip(&self, lab: &Lab, verb: &str) -> Result<()> {
+        let host = format!("{}/{}", self.address, if self.address.is_ipv4() { 32 } else { 128 });
+        lab.tool(self.at.parse()?, &["ip", "address", verb, &host, "dev", "lo"]).map(drop)
+    }
 }
 
 /// Connections from one place to one address.
@@ -52,6 +76,9 @@ pub struct Probe {
     /// Transport; TCP where unset.
     #[serde(default = "tcp")]
     pub protocol: Transport,
+    /// Milliseconds between its connections, for what depends on how long a client was idle.
+    #[serde(default)]
+    pub pause: u64,
     /// What must become of them.
     pub expect: Expect,
 }
@@ -65,6 +92,13 @@ pub enum Expect {
         /// Pods.
         by: Vec<String>,
         /// Whose address they see: `client`, or the node that masquerades.
+        seeing: String,
+    },
+    /// One of these pods answers, and always the same one.
+    Sticks {
+        /// Pods.
+        by: Vec<String>,
+        /// Whose address they see.
         seeing: String,
     },
     /// ICMP error or reset.
@@ -100,6 +134,13 @@ impl Step {
         if let Some(objects) = &self.objects {
             product.change(|product| product.write_manifest("scenario.yaml", objects))?;
         }
+        self.bound.iter().try_for_each(|bound| bound.ip(&product.lab, "add"))?;
+        let faults = self.probe_all(product);
+        self.bound.iter().try_for_each(|bound| bound.ip(&product.lab, "del"))?;
+        if faults.is_empty() { Ok(()) } else { bail!("{}", faults.join("\n")) }
+    }
+
+    fn probe_all(&self, product: &Product) -> Vec<String> {
         let mut faults: Vec<String> = std::thread::scope(|scope| {
             let running: Vec<_> = self
                 .probes
@@ -115,7 +156,7 @@ impl Step {
                 .collect()
         });
         faults.sort();
-        if faults.is_empty() { Ok(()) } else { bail!("{}", faults.join("\n")) }
+        faults
     }
 }
 
@@ -131,26 +172,49 @@ impl Probe {
                 _ => Ok(()),
             },
             Expect::Answers { by, seeing } => {
-                let wanted: BTreeSet<Place> = by.iter().map(|name| name.parse()).collect::<Result<_>>()?;
-                let seen: Place = if seeing == "client" { from } else { seeing.parse()? };
+                let wanted = places(by)?;
                 let mut answered = BTreeSet::new();
                 for attempt in 1..=TRIES {
-                    match probe(lab, from, self.protocol, to)? {
-                        Outcome::Answered { by, source } if wanted.contains(&by) => {
-                            if !seen.owns(source) {
-                                bail!("{by} saw {source}, which is not an address of {seen}");
-                            }
-                            answered.insert(by);
-                        }
-                        other => bail!("attempt {attempt}: {other}"),
-                    }
-                    if answered == wanted && attempt >= TRIES_AT_LEAST {
+                    let by = self.one(lab, from, to, &wanted, seeing);
+                    answered.insert(by.with_context(|| format!("attempt {attempt}"))?);
+                    if answered == wanted && (attempt >= TRIES_AT_LEAST || self.pause > 0) {
                         return Ok(());
                     }
                 }
                 let silent: Vec<String> = wanted.difference(&answered).map(Place::to_string).collect();
                 bail!("never answered in {TRIES} connections: {}", silent.join(", "))
             }
+            Expect::Sticks { by, seeing } => {
+                let wanted = places(by)?;
+                let first = self.one(lab, from, to, &wanted, seeing)?;
+                for attempt in 2..=STICKS {
+                    let by = self.one(lab, from, to, &wanted, seeing);
+                    let by = by.with_context(|| format!("attempt {attempt}"))?;
+                    ensure!(by == first, "attempt {attempt}: answered by {by}, after {first}");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// One connection that one of these pods must answer. Returns which, after the pause.
+    fn one(
+        &self,
+        lab: &Lab,
+        from: Place,
+        to: SocketAddr,
+        wanted: &BTreeSet<Place>,
+        seeing: &str,
+    ) -> Result<Place> {
+        let seen: Place = if seeing == "client" { from } else { seeing.parse()? };
+        match probe(lab, from, self.protocol, to)? {
+            Outcome::Answered { by, source } if wanted.contains(&by) => {
+                ensure!(seen.owns(source), "{by} saw {source}, which is not an address of {seen}");
+                // Being idle is what is waited for.
+                std::thread::sleep(Duration::from_millis(self.pause));
+                Ok(by)
+            }
+            other => bail!("{other}"),
         }
     }
 }
@@ -159,6 +223,10 @@ impl std::fmt::Display for Probe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} -> {} port {} {:?}", self.from, self.to, self.port, self.protocol)
     }
+}
+
+fn places(names: &[String]) -> Result<BTreeSet<Place>> {
+    names.iter().map(|name| name.parse()).collect()
 }
 
 fn expect_only(wanted: &Outcome, got: &Outcome) -> Result<()> {
@@ -191,7 +259,9 @@ fn value(name: &str, family: Family) -> Result<String> {
     };
     Ok(match (kind, number) {
         ("family", _) => family.to_string(),
-        ("pod", None) => POD_PORT.to_string(),
+        _ if name == "pod-port" => POD_PORT.to_string(),
+        _ if name == "other-pod-port" => OTHER_POD_PORT.to_string(),
+        _ if name == "host-bits" => if four { "32" } else { "128" }.to_owned(),
         ("cluster-ip", Some(n)) if four => format!("10.96.0.{n}"),
         ("cluster-ip", Some(n)) => format!("fd00:96::{n}"),
         // The address that the outside client reaches through this node.

@@ -1,5 +1,5 @@
 //! The server in every pod of a lab: answers TCP, UDP and HTTP with its name and the source
-//! address it saw. Usage: `lockstep-pod NAME PORT`.
+//! address it saw. Usage: `lockstep-pod NAME PORT...`.
 #![forbid(unsafe_code)]
 
 use std::io::{Read as _, Write as _};
@@ -12,27 +12,41 @@ use lockstep_integration::traffic::answer;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let name = arguments.next().context("usage: lockstep-pod NAME PORT")?;
-    let port: u16 = arguments.next().context("usage: lockstep-pod NAME PORT")?.parse()?;
-    // Both families on one socket.
-    let tcp = TcpListener::bind(("::", port))?;
-    let udp = UdpSocket::bind(("::", port))?;
-    let tcp_name = name.clone();
-    thread::spawn(move || {
-        for stream in tcp.incoming().flatten() {
-            let name = tcp_name.clone();
-            // A client that is gone before its answer is no fault of the server.
-            thread::spawn(move || serve(&name, stream).ok());
-        }
-    });
-    // Said once both can be reached.
+    let name = arguments.next().context("usage: lockstep-pod NAME PORT...")?;
+    let mut servers = Vec::new();
+    for port in arguments {
+        let port: u16 = port.parse().with_context(|| port.clone())?;
+        // Both families on one socket.
+        let tcp = TcpListener::bind(("::", port))?;
+        let udp = UdpSocket::bind(("::", port))?;
+        let tcp_name = name.clone();
+        servers.push(thread::spawn(move || answer_tcp(&tcp_name, &tcp)));
+        let udp_name = name.clone();
+        servers.push(thread::spawn(move || answer_udp(&udp_name, &udp)));
+    }
+    // Said once all can be reached.
     writeln!(std::io::stdout(), "ready")?;
     std::io::stdout().flush()?;
+    for server in servers {
+        server.join().map_err(|_| anyhow::anyhow!("{name}: a server panicked"))?;
+    }
+    Ok(())
+}
+
+fn answer_tcp(name: &str, socket: &TcpListener) {
+    for stream in socket.incoming().flatten() {
+        let name = name.to_owned();
+        // A client that is gone before its answer is no fault of the server.
+        thread::spawn(move || serve(&name, stream).ok());
+    }
+}
+
+fn answer_udp(name: &str, socket: &UdpSocket) {
     let mut buffer = [0; 64];
     loop {
         // An ICMP error for an earlier answer arrives here, too.
-        if let Ok((_, peer)) = udp.recv_from(&mut buffer) {
-            let _ = udp.send_to(answer(&name, peer).as_bytes(), peer);
+        if let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(answer(name, peer).as_bytes(), peer);
         }
     }
 }

@@ -8,11 +8,13 @@ use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::sync::Arc;
 
+use lockstep_model::Family;
 use lockstep_view::{Frontend, Pool, PortPlan, ServicePlan, Target};
 use smallvec::SmallVec;
 
-use crate::contents::{Installed, frontend_elements, pools_of, verdict_elements};
+use crate::contents::{Installed, Members, frontend_elements, pool_elements, pools_of, verdict_elements};
 use crate::layout::via;
+use crate::names::Via;
 use crate::sets::{Datum, Key, SetId};
 use crate::stage::Stage;
 
@@ -115,105 +117,144 @@ pub(crate) fn stage_change(
             old.plan.ports.iter().for_each(|port| stage.count_hairpin(port, -1));
             None
         }
-        (None, Some(new)) => {
-            let installed = Installed::as_planned(new);
-            installed.each_element(&mut |family, set, key, datum| stage.add(family, set, key, datum));
-            new.ports.iter().for_each(|port| stage.count_hairpin(port, 1));
-            Some(installed)
-        }
+        (None, Some(new)) => Some(stage_anew(stage, None, new)),
         (Some(old), Some(new)) if Arc::ptr_eq(&old.plan, new) => Some(old.clone()),
         (Some(old), Some(new)) => Some(stage_both(stage, old, new)),
     }
 }
 
-fn stage_both(stage: &mut Stage, old: &Installed, new: &Arc<ServicePlan>) -> Installed {
-    let mut installed = Installed::as_planned(new);
-    let same_port = |(a, b): (&PortPlan, &PortPlan)| {
-        (a.family, a.protocol, a.port) == (b.family, b.protocol, b.port) && a.name == b.name
+/// Stages all of a Service, with the serial numbers that its endpoints had.
+pub(crate) fn stage_anew(stage: &mut Stage, old: Option<&Installed>, new: &Arc<ServicePlan>) -> Installed {
+    let installed = match old {
+        None => Installed::as_planned(new, |_, _, _| stage.next_serial()),
+        Some(old) => numbered(stage, old, new, &pairs(old, new)),
     };
-    // Nearly always the ports are the same and only endpoints differ.
-    if old.plan.ports.len() == new.ports.len() && old.plan.ports.iter().zip(&new.ports).all(same_port) {
-        for position in 0..new.ports.len() {
-            let orders = stage_port(stage, old, position, &new.ports[position]);
-            keep_orders(&mut installed, position, orders);
-        }
-        return installed;
-    }
-    let identity = |a: &(usize, &PortPlan), b: &(usize, &PortPlan)| {
-        (a.1.family, a.1.protocol, a.1.port, &a.1.name).cmp(&(b.1.family, b.1.protocol, b.1.port, &b.1.name))
-    };
-    let old_ports: Vec<_> = old.plan.ports.iter().enumerate().collect();
-    let new_ports: Vec<_> = new.ports.iter().enumerate().collect();
-    merge(&old_ports, &new_ports, identity, |before, after| match (before, after) {
-        (Some((position, port)), None) => {
-            for frontend in &port.frontends {
-                remove_frontend(stage, port, frontend, &|pool| old.order(*position, pool));
-            }
-            stage.count_hairpin(port, -1);
-        }
-        (None, Some((_, port))) => {
-            for frontend in &port.frontends {
-                add_frontend(stage, port, frontend, &|pool| port.pool(pool));
-            }
-            stage.count_hairpin(port, 1);
-        }
-        (Some((before, _)), Some((after, _))) => {
-            let orders = stage_port(stage, old, *before, &new.ports[*after]);
-            keep_orders(&mut installed, *after, orders);
-        }
-        (None, None) => {}
-    });
+    installed.each_element(&mut |family, set, key, datum| stage.add(family, set, key, datum));
+    new.ports.iter().for_each(|port| stage.count_hairpin(port, 1));
     installed
 }
 
-fn keep_orders(installed: &mut Installed, port: usize, orders: [Option<Box<[Target]>>; 2]) {
-    if orders.iter().any(Option::is_some) {
-        installed.orders.resize_with(installed.plan.ports.len(), || [None, None]);
-        installed.orders[port] = orders;
+/// Positions of the same port before and after.
+type Pairs = SmallVec<[(Option<usize>, Option<usize>); 4]>;
+
+fn pairs(old: &Installed, new: &ServicePlan) -> Pairs {
+    let same_port = |(a, b): (&PortPlan, &PortPlan)| {
+        (a.family, a.protocol, a.port) == (b.family, b.protocol, b.port) && a.name == b.name
+    };
+    let identity = |a: &(usize, &PortPlan), b: &(usize, &PortPlan)| {
+        (a.1.family, a.1.protocol, a.1.port, &a.1.name).cmp(&(b.1.family, b.1.protocol, b.1.port, &b.1.name))
+    };
+    let mut pairs = Pairs::new();
+    // Nearly always the ports are the same and only endpoints differ.
+    if old.plan.ports.len() == new.ports.len() && old.plan.ports.iter().zip(&new.ports).all(same_port) {
+        pairs.extend((0..new.ports.len()).map(|position| (Some(position), Some(position))));
+    } else {
+        let old_ports: Vec<_> = old.plan.ports.iter().enumerate().collect();
+        let new_ports: Vec<_> = new.ports.iter().enumerate().collect();
+        let position = |port: Option<&(usize, &PortPlan)>| port.map(|(position, _)| *position);
+        merge(&old_ports, &new_ports, identity, |before, after| {
+            pairs.push((position(before), position(after)));
+        });
+    }
+    pairs
+}
+
+/// An endpoint that stays at a port keeps its serial number there; one that comes back has
+/// been away, and gets another.
+fn numbered(stage: &mut Stage, old: &Installed, new: &Arc<ServicePlan>, pairs: &Pairs) -> Installed {
+    Installed::as_planned(new, |port, pool, target| {
+        let before = pairs.iter().find(|(_, after)| *after == Some(port)).and_then(|(before, _)| *before);
+        let serial = before.and_then(|before| old.members(before, pool).serial(target));
+        serial.unwrap_or_else(|| stage.next_serial())
+    })
+}
+
+fn stage_both(stage: &mut Stage, old: &Installed, new: &Arc<ServicePlan>) -> Installed {
+    let pairs = pairs(old, new);
+    let mut installed = numbered(stage, old, new, &pairs);
+    for pair in pairs {
+        match pair {
+            (Some(before), None) => {
+                let port = &old.plan.ports[before];
+                each_port_element(port, &|pool| old.members(before, pool), &mut |set, key, datum| {
+                    stage.delete(port.family, set, key, datum);
+                });
+                stage.count_hairpin(port, -1);
+            }
+            (None, Some(after)) => {
+                let port = &new.ports[after];
+                let members = |pool| installed.members(after, pool);
+                each_port_element(port, &members, &mut |set, key, datum| {
+                    stage.add(port.family, set, key, datum);
+                });
+                stage.count_hairpin(port, 1);
+            }
+            (Some(before), Some(after)) => stage_port(stage, old, before, &mut installed, after),
+            (None, None) => {}
+        }
+    }
+    installed
+}
+
+fn each_port_element<'a>(
+    port: &PortPlan,
+    members: &impl Fn(Pool) -> Members<'a>,
+    each: &mut impl FnMut(SetId, &Key, Datum),
+) {
+    for frontend in &port.frontends {
+        frontend_elements(port, frontend, members, each);
     }
 }
 
-/// Stages the changes of a port that stays; returns the orders that are not the plan's.
-fn stage_port(
-    stage: &mut Stage,
-    old: &Installed,
-    position: usize,
-    new: &PortPlan,
-) -> [Option<Box<[Target]>>; 2] {
-    let before = &old.plan.ports[position];
-    if before.hairpin != new.hairpin {
-        stage.count_hairpin(before, -1);
-        stage.count_hairpin(new, 1);
+/// Stages the changes of a port that stays, and notes the orders that are not the plan's.
+fn stage_port(stage: &mut Stage, old: &Installed, before: usize, installed: &mut Installed, after: usize) {
+    let plan = Arc::clone(&installed.plan);
+    let (was, will) = (&old.plan.ports[before], &plan.ports[after]);
+    if was.hairpin != will.hairpin {
+        stage.count_hairpin(was, -1);
+        stage.count_hairpin(will, 1);
     }
     let mut edits = [Edits::new(), Edits::new()];
     let orders = [Pool::Cluster, Pool::Local].map(|pool| {
-        let was = old.order(position, pool);
-        if before.pool(pool) == new.pool(pool) {
-            return Cow::Borrowed(was);
+        if was.pool(pool) == will.pool(pool) {
+            return Cow::Borrowed(old.order(before, pool));
         }
-        let mut order = was.to_vec();
-        edits[pool as usize] = reorder(&mut order, before.pool(pool), new.pool(pool));
+        let mut order = old.order(before, pool).to_vec();
+        edits[pool as usize] = reorder(&mut order, was.pool(pool), will.pool(pool));
         Cow::Owned(order)
     });
+    for (pool, order) in [Pool::Cluster, Pool::Local].into_iter().zip(orders) {
+        if *order != *will.pool(pool) {
+            installed.orders.resize_with(plan.ports.len(), || [None, None]);
+            installed.orders[after][pool as usize] = Some(order.into_owned().into_boxed_slice());
+        }
+    }
+    let installed = &*installed;
     let surface = |a: &Frontend, b: &Frontend| (a.surface, a.port).cmp(&(b.surface, b.port));
-    merge(&before.frontends, &new.frontends, surface, |a, b| match (a, b) {
-        (Some(a), None) => remove_frontend(stage, before, a, &|pool| old.order(position, pool)),
-        (None, Some(b)) => add_frontend(stage, new, b, &|pool| &orders[pool as usize]),
-        (Some(a), Some(b)) => {
-            stage_verdicts(stage, (before, a), (new, b));
+    merge(&was.frontends, &will.frontends, surface, |a, b| {
+        if let (Some(a), Some(b)) = (a, b)
+            && was.affinity_seconds.is_some() == will.affinity_seconds.is_some()
+        {
+            stage_verdicts(stage, (was, a), (will, b));
             for pool in [Pool::Cluster, Pool::Local] {
                 let used = (pools_of(a).any(|used| used == pool), pools_of(b).any(|used| used == pool));
-                let (was, will) = (old.order(position, pool), &*orders[pool as usize]);
-                stage_pool(stage, new, b, pool, used, (was, will, &edits[pool as usize]));
+                let members = (old.members(before, pool), installed.members(after, pool));
+                stage_pool(stage, will, b, pool, used, members, &edits[pool as usize]);
             }
+            return;
         }
-        (None, None) => {}
+        // It comes, it goes, or its endpoints are in other maps from now on.
+        if let Some(a) = a {
+            frontend_elements(was, a, &|pool| old.members(before, pool), &mut |set, key, datum| {
+                stage.delete(was.family, set, key, datum);
+            });
+        }
+        if let Some(b) = b {
+            frontend_elements(will, b, &|pool| installed.members(after, pool), &mut |set, key, datum| {
+                stage.add(will.family, set, key, datum);
+            });
+        }
     });
-    let mut orders = orders.into_iter();
-    [Pool::Cluster, Pool::Local].map(|pool| {
-        let order = orders.next().filter(|order| **order != *new.pool(pool));
-        order.map(|order| order.into_owned().into_boxed_slice())
-    })
 }
 
 /// The elements of one frontend and pool: written out, taken away, or only what changed.
@@ -223,32 +264,74 @@ fn stage_pool(
     frontend: &Frontend,
     pool: Pool,
     used: (bool, bool),
-    (was, will, edits): (&[Target], &[Target], &[Edit]),
+    (was, will): (Members<'_>, Members<'_>),
+    edits: &[Edit],
 ) {
     let key = Key::frontend(port.protocol, frontend);
-    let (family, set) = (port.family, SetId::endpoints(via(frontend), pool));
+    let family = port.family;
     match used {
         (false, false) => {}
         (true, true) => {
+            let affine = port.affinity_seconds.is_some();
             for edit in edits {
-                let key = Key::endpoint(&key, edit.index);
-                if let Some(old) = edit.old {
-                    stage.delete(family, set, &key, Datum::Target(old));
-                }
-                if let Some(new) = edit.new {
-                    stage.add(family, set, &key, Datum::Target(new));
-                }
+                stage_edit(stage, port, frontend, &key, pool, (was, will), edit);
+            }
+            if affine && !edits.is_empty() {
+                stage_affine_endpoints(stage, family, via(frontend), &key, (was, will));
             }
         }
-        (true, false) => {
-            for (index, target) in was.iter().enumerate() {
-                stage.delete(family, set, &Key::endpoint(&key, index), Datum::Target(*target));
-            }
+        (true, false) => pool_elements(frontend, &key, pool, was, &mut |set, key, datum| {
+            stage.delete(family, set, key, datum);
+        }),
+        (false, true) => pool_elements(frontend, &key, pool, will, &mut |set, key, datum| {
+            stage.add(family, set, key, datum);
+        }),
+    }
+}
+
+/// An index leads to another endpoint.
+fn stage_edit(
+    stage: &mut Stage,
+    port: &PortPlan,
+    frontend: &Frontend,
+    key: &Key,
+    pool: Pool,
+    (was, will): (Members<'_>, Members<'_>),
+    edit: &Edit,
+) {
+    let key = Key::endpoint(key, edit.index);
+    let element = |members: Members<'_>, target: Target| match members.serial(&target) {
+        Some(serial) => (SetId::serials(via(frontend), pool), Datum::Serial(serial)),
+        None => (SetId::endpoints(via(frontend), pool), Datum::Target(target)),
+    };
+    if let Some(target) = edit.old {
+        let (set, datum) = element(was, target);
+        stage.delete(port.family, set, &key, datum);
+    }
+    if let Some(target) = edit.new {
+        let (set, datum) = element(will, target);
+        stage.add(port.family, set, &key, datum);
+    }
+}
+
+/// The serial numbers that come and go; one whose endpoint only has another index stays.
+fn stage_affine_endpoints(
+    stage: &mut Stage,
+    family: Family,
+    via: Via,
+    key: &Key,
+    (was, will): (Members<'_>, Members<'_>),
+) {
+    let set = SetId::affine_endpoints(via);
+    let (removed, added) = difference(was.sorted, will.sorted);
+    for target in removed {
+        if let Some(serial) = was.serial(&target) {
+            stage.delete(family, set, &Key::affine_endpoint(key, serial), Datum::Target(target));
         }
-        (false, true) => {
-            for (index, target) in will.iter().enumerate() {
-                stage.add(family, set, &Key::endpoint(&key, index), Datum::Target(*target));
-            }
+    }
+    for target in added {
+        if let Some(serial) = will.serial(&target) {
+            stage.add(family, set, &Key::affine_endpoint(key, serial), Datum::Target(target));
         }
     }
 }
@@ -257,7 +340,7 @@ fn stage_pool(
 fn stage_verdicts(stage: &mut Stage, (before, a): (&PortPlan, &Frontend), (new, b): (&PortPlan, &Frontend)) {
     let counts_equal =
         [Pool::Cluster, Pool::Local].into_iter().all(|pool| before.pool(pool).len() == new.pool(pool).len());
-    if a == b && counts_equal {
+    if a == b && counts_equal && before.affinity_seconds == new.affinity_seconds {
         return;
     }
     let collect = |port: &PortPlan, frontend: &Frontend| {
@@ -273,28 +356,6 @@ fn stage_verdicts(stage: &mut Stage, (before, a): (&PortPlan, &Frontend), (new, 
     for (set, key, datum) in after.iter().filter(|element| !before.contains(element)) {
         stage.add(new.family, *set, key, *datum);
     }
-}
-
-fn add_frontend<'a>(
-    stage: &mut Stage,
-    port: &PortPlan,
-    frontend: &Frontend,
-    order: &impl Fn(Pool) -> &'a [Target],
-) {
-    frontend_elements(port, frontend, order, &mut |set, key, datum| {
-        stage.add(port.family, set, key, datum);
-    });
-}
-
-fn remove_frontend<'a>(
-    stage: &mut Stage,
-    port: &PortPlan,
-    frontend: &Frontend,
-    order: &impl Fn(Pool) -> &'a [Target],
-) {
-    frontend_elements(port, frontend, order, &mut |set, key, datum| {
-        stage.delete(port.family, set, key, datum);
-    });
 }
 
 #[cfg(test)]

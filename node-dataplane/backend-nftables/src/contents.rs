@@ -7,11 +7,12 @@ use lockstep_model::{Family, Feature};
 use lockstep_view::{Action, Frontend, Pool, PortPlan, ServicePlan, Source, Target};
 
 use crate::layout::via;
-use crate::names::{Refusing, SharedChain};
+use crate::names::{Choice, Refusing, SharedChain};
 use crate::sets::{Datum, Key, SetId};
 
 /// What this backend can program beyond the common core, sorted.
-pub(crate) const FEATURES: [Feature; 3] = [Feature::Sctp, Feature::LbProxyMode, Feature::SourceRanges];
+pub(crate) const FEATURES: [Feature; 4] =
+    [Feature::Sctp, Feature::SessionAffinity, Feature::LbProxyMode, Feature::SourceRanges];
 
 /// A Service as it is in force: its plan, and which endpoint has which index.
 #[derive(Debug, Clone)]
@@ -20,12 +21,60 @@ pub(crate) struct Installed {
     /// Per port and pool, the endpoints by index, where that is not the plan's order.
     /// Empty = the plan's order everywhere.
     pub(crate) orders: Vec<[Option<Box<[Target]>>; 2]>,
+    /// Per port and pool, the serial numbers of the plan's endpoints where the port has
+    /// affinity. Empty = no port has.
+    pub(crate) serials: Vec<[Box<[u32]>; 2]>,
+}
+
+/// The endpoints of a port's pool as they are in force.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Members<'a> {
+    /// By index.
+    pub(crate) order: &'a [Target],
+    /// As in the plan, sorted.
+    pub(crate) sorted: &'a [Target],
+    /// Of the sorted ones; empty without affinity.
+    pub(crate) serials: &'a [u32],
+}
+
+impl Members<'_> {
+    /// The serial number of an endpoint; `None` where there is no such one, or no affinity.
+    pub(crate) fn serial(&self, target: &Target) -> Option<u32> {
+        if self.serials.is_empty() {
+            return None;
+        }
+        self.serials.get(self.sorted.binary_search(target).ok()?).copied()
+    }
 }
 
 impl Installed {
-    /// In the plan's own order.
-    pub(crate) fn as_planned(plan: &Arc<ServicePlan>) -> Self {
-        Self { plan: Arc::clone(plan), orders: Vec::new() }
+    /// In the plan's own order, with the serial number that `number` has for an endpoint of a
+    /// port and pool.
+    pub(crate) fn as_planned(
+        plan: &Arc<ServicePlan>,
+        mut number: impl FnMut(usize, Pool, &Target) -> u32,
+    ) -> Self {
+        let mut serials = Vec::new();
+        if plan.ports.iter().any(|port| port.affinity_seconds.is_some()) {
+            serials.resize_with(plan.ports.len(), <[Box<[u32]>; 2]>::default);
+            for (position, port) in plan.ports.iter().enumerate() {
+                if port.affinity_seconds.is_some() {
+                    serials[position] = [Pool::Cluster, Pool::Local].map(|pool| {
+                        port.pool(pool).iter().map(|target| number(position, pool, target)).collect()
+                    });
+                }
+            }
+        }
+        Self { plan: Arc::clone(plan), orders: Vec::new(), serials }
+    }
+
+    /// The endpoints of a port's pool.
+    pub(crate) fn members(&self, port: usize, pool: Pool) -> Members<'_> {
+        Members {
+            order: self.order(port, pool),
+            sorted: self.plan.ports[port].pool(pool),
+            serials: self.serials.get(port).map_or(&[], |pools| &pools[pool as usize]),
+        }
     }
 
     /// The endpoints of a port's pool, by index.
@@ -38,8 +87,8 @@ impl Installed {
     pub(crate) fn each_element(&self, each: &mut impl FnMut(Family, SetId, &Key, Datum)) {
         for (position, port) in self.plan.ports.iter().enumerate() {
             for frontend in &port.frontends {
-                let order = |pool| self.order(position, pool);
-                frontend_elements(port, frontend, &order, &mut |set, key, datum| {
+                let members = |pool| self.members(position, pool);
+                frontend_elements(port, frontend, &members, &mut |set, key, datum| {
                     each(port.family, set, key, datum);
                 });
             }
@@ -62,8 +111,10 @@ pub(crate) fn pools_of(frontend: &Frontend) -> impl Iterator<Item = Pool> {
 
 /// The chain that translates for a frontend.
 pub(crate) fn translating(port: &PortPlan, frontend: &Frontend) -> Option<SharedChain> {
-    SharedChain::translating(via(frontend), frontend, |pool| {
-        u32::try_from(port.pool(pool).len()).unwrap_or(u32::MAX)
+    SharedChain::translating(via(frontend), frontend, |pool| Choice {
+        pool,
+        count: u32::try_from(port.pool(pool).len()).unwrap_or(u32::MAX),
+        affinity: port.affinity_seconds,
     })
 }
 
@@ -96,15 +147,33 @@ pub(crate) fn verdict_elements(
 pub(crate) fn frontend_elements<'a>(
     port: &PortPlan,
     frontend: &Frontend,
-    order: &impl Fn(Pool) -> &'a [Target],
+    members: &impl Fn(Pool) -> Members<'a>,
     each: &mut impl FnMut(SetId, &Key, Datum),
 ) {
     let key = Key::frontend(port.protocol, frontend);
     verdict_elements(port, frontend, &key, each);
     for pool in pools_of(frontend) {
-        let set = SetId::endpoints(via(frontend), pool);
-        for (index, target) in order(pool).iter().enumerate() {
-            each(set, &Key::endpoint(&key, index), Datum::Target(*target));
+        pool_elements(frontend, &key, pool, members(pool), each);
+    }
+}
+
+/// The elements of a frontend for the endpoints of one pool.
+pub(crate) fn pool_elements(
+    frontend: &Frontend,
+    key: &Key,
+    pool: Pool,
+    members: Members<'_>,
+    each: &mut impl FnMut(SetId, &Key, Datum),
+) {
+    let via = via(frontend);
+    for (index, target) in members.order.iter().enumerate() {
+        match members.serial(target) {
+            None => each(SetId::endpoints(via, pool), &Key::endpoint(key, index), Datum::Target(*target)),
+            Some(serial) => {
+                each(SetId::serials(via, pool), &Key::endpoint(key, index), Datum::Serial(serial));
+                let key = Key::affine_endpoint(key, serial);
+                each(SetId::affine_endpoints(via), &key, Datum::Target(*target));
+            }
         }
     }
 }
@@ -141,9 +210,6 @@ pub(crate) fn check(plan: &ServicePlan) -> Result<(), PlanFault> {
 
 fn check_port(port: &PortPlan) -> Result<(), PlanFault> {
     let number = port.port.get();
-    if port.affinity_seconds.is_some() {
-        return Err(PlanFault::Unsupported(Feature::SessionAffinity));
-    }
     let targets = port.cluster.iter().chain(&port.local).chain(&port.hairpin).map(|target| target.address);
     let addresses = port.frontends.iter().filter_map(|frontend| frontend.surface.address());
     if let Some(address) = targets.chain(addresses).find(|address| Family::of(*address) != port.family) {

@@ -4,9 +4,9 @@ use lockstep_kernel::nf_tables::{Chain, ChainKind, Expression, Hook, HookPoint, 
 use lockstep_model::Family;
 use lockstep_view::{NodePlan, NodePortScope, PodSources};
 
-use crate::names::{Refusal, SharedChain, Via};
+use crate::names::{Choice, Refusal, SharedChain, Via};
 use crate::rules::Clause;
-use crate::sets::SetId;
+use crate::sets::{SERIALS, SetId};
 
 /// Before DNAT: sources that may not use an address are dropped.
 const BEFORE_DNAT: i32 = -110;
@@ -101,6 +101,8 @@ pub(crate) fn fixed(family: Family, node: &NodePlan) -> Vec<ChainLayout> {
             HookPoint::Postrouting,
             SNAT,
             vec![
+                // What affinity left behind is not for the queues of an interface.
+                vec![Clause::PriorityHas(SERIALS), Clause::ClearPriority],
                 vec![Clause::In { set: SetId::Hairpin, not: false }, Clause::SetMark(bit)],
                 // The bit is cleared before, so that a packet that comes back in a tunnel
                 // is not translated twice.
@@ -113,11 +115,9 @@ pub(crate) fn fixed(family: Family, node: &NodePlan) -> Vec<ChainLayout> {
 /// A chain that Services share.
 pub(crate) fn shared(family: Family, node: &NodePlan, chain: SharedChain) -> ChainLayout {
     let rules = match chain {
-        SharedChain::Targets { via, pool, count } => {
-            vec![vec![Clause::TranslateBy { set: SetId::endpoints(via, pool), count }]]
-        }
-        SharedChain::Marked { via, pool, count } => {
-            vec![vec![Clause::SetMark(node.masquerade_mark), goto(SharedChain::Targets { via, pool, count })]]
+        SharedChain::Targets { via, choice } => targets(via, choice),
+        SharedChain::Marked { via, choice } => {
+            vec![vec![Clause::SetMark(node.masquerade_mark), goto(SharedChain::Targets { via, choice })]]
         }
         SharedChain::BySource { via, ways } => by_source(
             family,
@@ -139,6 +139,30 @@ pub(crate) fn shared(family: Family, node: &NodePlan, chain: SharedChain) -> Cha
         ),
     };
     ChainLayout::plain(&chain.name(), rules)
+}
+
+/// Rules that choose a target.
+///
+/// With affinity, what a client is given is not an endpoint but the serial number of one at
+/// the frontend dialled. It leads somewhere only as long as that endpoint is there, so an
+/// endpoint takes all of its clients with it by the one element that it is: nobody has to
+/// look for them, and a packet that is on its way meanwhile cannot bring them back.
+fn targets(via: Via, Choice { pool, count, affinity }: Choice) -> Vec<Vec<Clause>> {
+    let Some(seconds) = affinity else {
+        return vec![vec![Clause::TranslateBy { set: SetId::endpoints(via, pool), count }]];
+    };
+    let map = SetId::affinity(via);
+    let translate = Clause::Translate { map: SetId::affine_endpoints(via) };
+    vec![
+        // Has one, which is there: the time begins anew.
+        vec![Clause::TakeSerial { map, count }, Clause::Remember { map, seconds }, translate.clone()],
+        // An update leaves the data of an element that is there as it was.
+        vec![Clause::Forget { map }],
+        vec![Clause::TakeSerial { map: SetId::serials(via, pool), count }],
+        // A rule of its own: where the map is full, the client is served all the same.
+        vec![Clause::Remember { map, seconds }],
+        vec![translate],
+    ]
 }
 
 /// Rules for pods, the node itself and all others, in this order; the first match counts.

@@ -12,14 +12,22 @@
 //! endpoint that is replaced is one element per address, whatever the number of Services.
 //!
 //! It knows no traffic policy, no readiness and no topology; the plan has decided all that.
-//! A fresh process recognises our tables by name, and adopts the indices that it finds.
+//! A fresh process recognises our tables by name, and adopts the indices and serial numbers
+//! that it finds.
+//!
+//! Session affinity is kept by the packets themselves. A map of clients, which is the one
+//! thing here that we do not write, has the serial number of the endpoint that a client was
+//! given at an address; an endpoint that leaves takes its number away, and with it its
+//! clients (see `layout`).
 #![forbid(unsafe_code)]
 
+mod adopt;
 mod change;
 mod contents;
 mod layout;
 mod names;
 mod observe;
+mod probe;
 mod program;
 mod rules;
 mod sets;
@@ -114,7 +122,7 @@ impl<N: Netfilter> Nftables<N> {
     /// Tries everything the backend writes in a real transaction, in a table that is made
     /// and deleted in it, so that nothing is left behind.
     pub fn probe(&mut self) -> Result<(), Error> {
-        program::probe(&mut self.netfilter, PROBE_TABLE)
+        probe::probe(&mut self.netfilter, PROBE_TABLE)
     }
 
     /// The tables as they are in force, in nft's syntax, sorted: for reviews and debugging.

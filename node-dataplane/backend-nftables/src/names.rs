@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `svc.c10` | DNAT to a random one of the 10 cluster endpoints of the address dialled |
 //! | `svc.l2` | the same with the 2 local endpoints |
+//! | `svc.c10s60` | the same, and a client keeps its endpoint until it was idle for 60 seconds |
 //! | `svc.c10m` | sets the masquerade mark, then `svc.c10` |
 //! | `svc.c10.c10m.l2` | pods go to `svc.c10`, the node itself to `svc.c10m`, all others to `svc.l2`; `x` = nowhere |
 //! | `np.…` | the same for node ports |
@@ -33,8 +34,19 @@ pub(crate) enum Via {
 pub(crate) enum Way {
     /// Not translated.
     Nowhere,
-    /// To a random one of `count` targets.
-    Targets { pool: Pool, count: u32, masquerade: bool },
+    /// To a target.
+    Targets { choice: Choice, masquerade: bool },
+}
+
+/// How a target is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Choice {
+    /// A random one of this pool,
+    pub(crate) pool: Pool,
+    /// which has so many;
+    pub(crate) count: u32,
+    /// unless the client has one: it keeps it until it was idle for so many seconds.
+    pub(crate) affinity: Option<u32>,
 }
 
 /// What happens in the filter hooks to packets that were not translated.
@@ -48,10 +60,10 @@ pub(crate) enum Refusal {
 /// A chain that is shared by all Services that need the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum SharedChain {
-    /// DNAT to one of `count` targets.
-    Targets { via: Via, pool: Pool, count: u32 },
+    /// DNAT to a target.
+    Targets { via: Via, choice: Choice },
     /// The mark, then the same.
-    Marked { via: Via, pool: Pool, count: u32 },
+    Marked { via: Via, choice: Choice },
     /// By class of source: pod, node, elsewhere.
     BySource { via: Via, ways: [Way; 3] },
     /// ICMP port unreachable.
@@ -67,10 +79,8 @@ impl Way {
     pub(crate) fn chain(self, via: Via) -> Option<SharedChain> {
         match self {
             Way::Nowhere => None,
-            Way::Targets { pool, count, masquerade: false } => {
-                Some(SharedChain::Targets { via, pool, count })
-            }
-            Way::Targets { pool, count, masquerade: true } => Some(SharedChain::Marked { via, pool, count }),
+            Way::Targets { choice, masquerade: false } => Some(SharedChain::Targets { via, choice }),
+            Way::Targets { choice, masquerade: true } => Some(SharedChain::Marked { via, choice }),
         }
     }
 }
@@ -80,10 +90,10 @@ impl SharedChain {
     pub(crate) fn translating(
         via: Via,
         frontend: &Frontend,
-        count: impl Fn(Pool) -> u32,
+        choice: impl Fn(Pool) -> Choice,
     ) -> Option<SharedChain> {
         let ways = SOURCES.map(|source| match frontend.action(source) {
-            Action::Forward { pool, masquerade } => Way::Targets { pool, count: count(pool), masquerade },
+            Action::Forward { pool, masquerade } => Way::Targets { choice: choice(pool), masquerade },
             Action::Reject | Action::Drop => Way::Nowhere,
         });
         if ways[0] == ways[1] && ways[1] == ways[2] {
@@ -113,7 +123,7 @@ impl SharedChain {
     pub(crate) fn leads_to(self) -> Vec<SharedChain> {
         match self {
             SharedChain::Targets { .. } | SharedChain::Refuse => Vec::new(),
-            SharedChain::Marked { via, pool, count } => vec![SharedChain::Targets { via, pool, count }],
+            SharedChain::Marked { via, choice } => vec![SharedChain::Targets { via, choice }],
             SharedChain::BySource { via, ways } => ways.iter().filter_map(|way| way.chain(via)).collect(),
             SharedChain::RefuseBySource(_) => vec![SharedChain::Refuse],
         }
@@ -129,13 +139,13 @@ impl SharedChain {
     /// Appends its name.
     pub(crate) fn write_name(self, out: &mut String) {
         match self {
-            SharedChain::Targets { via, pool, count } => {
+            SharedChain::Targets { via, choice } => {
                 out.push_str(via.prefix());
-                write_way(out, Way::Targets { pool, count, masquerade: false });
+                write_way(out, Way::Targets { choice, masquerade: false });
             }
-            SharedChain::Marked { via, pool, count } => {
+            SharedChain::Marked { via, choice } => {
                 out.push_str(via.prefix());
-                write_way(out, Way::Targets { pool, count, masquerade: true });
+                write_way(out, Way::Targets { choice, masquerade: true });
             }
             SharedChain::BySource { via, ways } => {
                 out.push_str(via.prefix());
@@ -214,13 +224,16 @@ impl Via {
 fn write_way(out: &mut String, way: Way) {
     match way {
         Way::Nowhere => out.push_str(".x"),
-        Way::Targets { pool, count, masquerade } => {
+        Way::Targets { choice: Choice { pool, count, affinity }, masquerade } => {
             out.push_str(match pool {
                 Pool::Cluster => ".c",
                 Pool::Local => ".l",
             });
             // Writing to a String cannot fail.
             let _ = write!(out, "{count}");
+            if let Some(seconds) = affinity {
+                let _ = write!(out, "s{seconds}");
+            }
             if masquerade {
                 out.push('m');
             }
@@ -238,8 +251,13 @@ fn parse_way(part: &str) -> Option<Way> {
         ("l", count) => (Pool::Local, count),
         _ => return None,
     };
-    let count = count.parse().ok().filter(|count| *count > 0)?;
-    Some(Way::Targets { pool, count, masquerade })
+    let positive = |number: &str| number.parse::<u32>().ok().filter(|number| *number > 0);
+    let (count, affinity) = match count.split_once('s') {
+        Some((count, seconds)) => (count, Some(positive(seconds)?)),
+        None => (count, None),
+    };
+    let choice = Choice { pool, count: positive(count)?, affinity };
+    Some(Way::Targets { choice, masquerade })
 }
 
 #[cfg(test)]
@@ -248,12 +266,26 @@ mod tests {
 
     #[test]
     fn every_name_is_recognised_and_nothing_else() {
-        for name in ["svc.c1", "svc.l30m", "np.c2.c2m.x", "svc.c3.c3m.l2", "refuse", "refuse.r.d.x"] {
+        for name in
+            ["svc.c1", "svc.l30m", "np.c2.c2m.x", "svc.c3.c3m.l2", "np.l2s86400m", "refuse", "refuse.r.d.x"]
+        {
             assert_eq!(SharedChain::parse(name).expect(name).name(), name);
         }
-        for name in
-            ["", "svc", "svc.", "svc.c0", "svc.c01", "svc.x", "svc.c1.c1", "np.q1", "refuse.r", "other"]
-        {
+        for name in [
+            "",
+            "svc",
+            "svc.",
+            "svc.c0",
+            "svc.c01",
+            "svc.x",
+            "svc.c1.c1",
+            "svc.c1s",
+            "svc.c1s0",
+            "svc.c1s060",
+            "np.q1",
+            "refuse.r",
+            "other",
+        ] {
             assert_eq!(SharedChain::parse(name), None, "{name}");
         }
     }

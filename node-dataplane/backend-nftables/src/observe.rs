@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use lockstep_kernel::netlink::Error;
-use lockstep_kernel::nf_tables::{self, Netfilter, Step};
+use lockstep_kernel::nf_tables::{self, Lifetime, Netfilter, Step};
 use lockstep_model::Family;
 use lockstep_view::NodePlan;
 use lockstep_view::backend::Drift;
@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use crate::layout::{self, ChainLayout};
 use crate::names::{SharedChain, TABLE};
 use crate::rules::kernel_family;
-use crate::sets::{Datum, Key, SetId};
+use crate::sets::{Datum, Key, SetId, read_serial};
 
 /// The skeleton of one table.
 #[derive(Debug, Default)]
@@ -96,6 +96,34 @@ pub(crate) fn elements(
         }
     })?;
     Ok(found)
+}
+
+/// The serial number that a client has at a frontend, also of an endpoint that has left.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Remembered {
+    pub(crate) serial: u32,
+    pub(crate) lifetime: Lifetime,
+}
+
+/// What clients have been given.
+pub(crate) fn remembered(
+    netfilter: &mut dyn Netfilter,
+) -> Result<FxHashMap<(Family, SetId, Key), Remembered>, Error> {
+    let mut all = FxHashMap::default();
+    for family in Family::ALL {
+        for set in SetId::ALL.into_iter().filter(|set| set.is_learned()) {
+            nf_tables::elements(netfilter, kernel_family(family), TABLE, set.name(), &mut |step| {
+                if let Step::Element(element) = step
+                    && let (Some(serial), Some(lifetime)) =
+                        (element.bytes().and_then(read_serial), element.lifetime)
+                    && let Some(key) = Key::read(element.key)
+                {
+                    all.insert((family, set, key), Remembered { serial, lifetime });
+                }
+            })?;
+        }
+    }
+    Ok(all)
 }
 
 /// How many objects our table of a family has; `None` where there is no table.

@@ -5,18 +5,19 @@ use std::sync::Arc;
 
 use lockstep_kernel::netlink::Refusal;
 use lockstep_kernel::nf_tables::{self, Batch, CommitError, Netfilter};
-use lockstep_model::{Family, Protocol, ServiceKey};
+use lockstep_model::{Family, ServiceKey};
 use lockstep_view::backend::FailureKind;
-use lockstep_view::{ForwardingPlan, NodePlan, NodePortScope, Pool, ServicePlan};
+use lockstep_view::{ForwardingPlan, NodePlan, ServicePlan};
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use crate::change::{reorder, stage_change};
-use crate::contents::{Installed, check, pools_of};
-use crate::layout::{self, via};
-use crate::names::{SharedChain, TABLE, Via, Way};
+use crate::adopt::{Observed, adopt_service, compare, note_serials};
+use crate::change::{stage_anew, stage_change};
+use crate::contents::check;
+use crate::layout;
+use crate::names::TABLE;
 use crate::rules::kernel_family;
 use crate::sets::{Datum, Key, SetId};
-use crate::stage::{Attribution, Stage, lane_index};
+use crate::stage::{Attribution, lane_index};
 use crate::state::{State, every_set, node_ips, size_for};
 use crate::{Error, Nftables, observe};
 
@@ -257,6 +258,10 @@ impl<N: Netfilter> Nftables<N> {
                 state.set_fill(family, set, 0, size);
             }
         }
+        if self.state.node.is_none() {
+            let remembered = observe::remembered(&mut self.netfilter).map_err(whole)?;
+            remembered.values().for_each(|given| self.stage.serial_is_taken(given.serial));
+        }
         let mut observed = FxHashMap::default();
         for (family, set) in every_set() {
             let found = observe::elements(&mut self.netfilter, family, set).map_err(whole)?;
@@ -274,7 +279,7 @@ impl<N: Netfilter> Nftables<N> {
         excluded: &Excluded,
         attributed: bool,
         mut state: State,
-        mut observed: FxHashMap<(Family, SetId), FxHashMap<Key, Datum>>,
+        mut observed: Observed,
     ) -> Result<usize, Fault> {
         for ((family, _), elements) in &observed {
             for datum in elements.values() {
@@ -284,10 +289,11 @@ impl<N: Netfilter> Nftables<N> {
             }
         }
         self.stage.begin(attributed);
+        note_serials(&mut self.stage, &observed);
         let desired = desired(&self.state, plan, excluded);
         for (position, (key, service)) in desired.iter().enumerate() {
-            let installed = adopt_order(service, &observed);
             let stage = &mut self.stage;
+            let installed = adopt_service(service, &observed, || stage.next_serial());
             installed.each_element(&mut |family, set, key, datum| {
                 compare(stage, &mut observed, family, set, key, datum);
             });
@@ -330,12 +336,13 @@ impl<N: Netfilter> Nftables<N> {
                 stage.delete(family, set, key, *datum);
             }
         }
-        if !state.has_room(&self.stage) {
-            return self.rebuild(plan, excluded, attributed);
-        }
+        let has_room = state.has_room(&self.stage);
         let keys: Vec<ServiceKey> = desired.iter().map(|(key, _)| (*key).clone()).collect();
         // The state before stays until the transaction is made.
         let before = std::mem::replace(&mut self.state, state);
+        if !has_room {
+            return self.rebuild(plan, excluded, attributed).inspect_err(|_| self.state = before);
+        }
         match self.commit_stage(&plan.node, |position| keys[position].clone()) {
             Ok(objects) => {
                 self.reap_again = true;
@@ -349,7 +356,8 @@ impl<N: Netfilter> Nftables<N> {
         }
     }
 
-    /// Makes both tables anew, in one transaction that also deletes the old ones.
+    /// Makes both tables anew, in one transaction that also deletes the old ones. Clients keep
+    /// their endpoints, but for those that get one between the dump and the transaction.
     fn rebuild(
         &mut self,
         plan: &ForwardingPlan,
@@ -361,9 +369,8 @@ impl<N: Netfilter> Nftables<N> {
         let desired = desired(&self.state, plan, excluded);
         state.services.reserve(desired.len());
         for (position, (key, service)) in desired.iter().enumerate() {
-            if let Some(installed) = stage_change(&mut self.stage, None, Some(service)) {
-                state.services.insert((*key).clone(), installed);
-            }
+            let installed = stage_anew(&mut self.stage, self.state.services.get(key), service);
+            state.services.insert((*key).clone(), installed);
             self.stage.seal(position);
         }
         state.stage_hairpin(&mut self.stage);
@@ -375,9 +382,16 @@ impl<N: Netfilter> Nftables<N> {
             state.set_fill(family, set, 0, size);
         }
         let chains = state.chains_to_make(&self.stage);
+        let mut objects = self.stage.changes() + chains.len();
+        if self.state.node.is_some() {
+            let remembered =
+                observe::remembered(&mut self.netfilter).map_err(|error| Fault::Whole(error.into()))?;
+            for ((family, set, key), given) in &remembered {
+                self.stage.remember(*family, *set, key, *given);
+            }
+        }
         self.batch.clear();
         self.batch.reserve(self.stage.bytes());
-        let mut objects = 0;
         for family in Family::ALL {
             self.batch.add_table(kernel_family(family), TABLE);
             self.batch.delete_table(kernel_family(family), TABLE);
@@ -386,7 +400,6 @@ impl<N: Netfilter> Nftables<N> {
         }
         let attribution = self.stage.write(&mut self.batch, &plan.node, &chains);
         self.stage.written.everything = true;
-        objects += self.stage.changes() + chains.len();
         let keys = &desired;
         let attributed_to: Vec<ServiceKey> =
             if attributed { keys.iter().map(|(key, _)| (*key).clone()).collect() } else { Vec::new() };
@@ -442,61 +455,8 @@ fn exclude(excluded: &mut Excluded, refused: Vec<(ServiceKey, Refusal)>) {
     }
 }
 
-/// Stages what makes the kernel's element equal to ours.
-fn compare(
-    stage: &mut Stage,
-    observed: &mut FxHashMap<(Family, SetId), FxHashMap<Key, Datum>>,
-    family: Family,
-    set: SetId,
-    key: &Key,
-    datum: Datum,
-) {
-    match observed.get_mut(&(family, set)).and_then(|elements| elements.remove(key)) {
-        Some(found) if found == datum => {}
-        Some(found) => {
-            stage.delete(family, set, key, found);
-            stage.add(family, set, key, datum);
-        }
-        None => stage.add(family, set, key, datum),
-    }
-}
-
-/// A Service with the indices that the kernel has for its endpoints, as far as they fit.
-fn adopt_order(
-    plan: &Arc<ServicePlan>,
-    observed: &FxHashMap<(Family, SetId), FxHashMap<Key, Datum>>,
-) -> Installed {
-    let mut installed = Installed::as_planned(plan);
-    for (position, port) in plan.ports.iter().enumerate() {
-        for pool in [Pool::Cluster, Pool::Local] {
-            let Some(frontend) = port.frontends.iter().find(|one| pools_of(one).any(|used| used == pool))
-            else {
-                continue;
-            };
-            let key = Key::frontend(port.protocol, frontend);
-            let elements = observed.get(&(port.family, SetId::endpoints(via(frontend), pool)));
-            let at = |index| match elements?.get(&Key::endpoint(&key, index)) {
-                Some(Datum::Target(target)) => Some(*target),
-                _ => None,
-            };
-            let mut order: Vec<_> = (0..).map_while(at).collect();
-            let mut sorted = order.clone();
-            sorted.sort_unstable();
-            if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
-                continue;
-            }
-            reorder(&mut order, &sorted, port.pool(pool));
-            if order != port.pool(pool) {
-                installed.orders.resize_with(plan.ports.len(), || [None, None]);
-                installed.orders[position][pool as usize] = Some(order.into_boxed_slice());
-            }
-        }
-    }
-    installed
-}
-
 /// Writes a table with its sets and fixed chains; returns how many objects that are.
-fn write_skeleton(
+pub(crate) fn write_skeleton(
     batch: &mut Batch,
     table: &str,
     family: Family,
@@ -517,52 +477,4 @@ fn write_skeleton(
         batch.add_rule(kernel, table, rule);
     }
     1 + SetId::ALL.len() + fixed.len() + rules.len()
-}
-
-/// Makes and deletes a table with everything the backend uses, in one transaction.
-pub(crate) fn probe(netfilter: &mut dyn Netfilter, table: &str) -> Result<(), Error> {
-    let node = NodePlan {
-        pods: None,
-        node_ports_v4: NodePortScope::AllLocal,
-        node_ports_v6: NodePortScope::AllLocal,
-        masquerade_mark: 1,
-    };
-    let way = |masquerade| Way::Targets { pool: Pool::Cluster, count: 1, masquerade };
-    let via = Via::Address;
-    let chains = [
-        SharedChain::Targets { via, pool: Pool::Cluster, count: 1 },
-        SharedChain::Marked { via, pool: Pool::Cluster, count: 1 },
-        SharedChain::BySource { via, ways: [way(false), way(true), Way::Nowhere] },
-        SharedChain::Refuse,
-    ];
-    let mut batch = Batch::new();
-    let mut objects = Vec::new();
-    for family in Family::ALL {
-        let kernel = kernel_family(family);
-        write_skeleton(&mut batch, table, family, &node, |_| size_for(0));
-        objects.push((batch.last_seq(), format!("the sets and base chains of an {} table", kernel.word())));
-        for chain in chains {
-            let layout = layout::shared(family, &node, chain);
-            batch.add_chain(kernel, table, &layout.chain);
-            for rule in layout.kernel_rules(family) {
-                batch.add_rule(kernel, table, &rule);
-            }
-            objects.push((
-                batch.last_seq(),
-                format!("the rules of chain {} in an {} table", chain.name(), kernel.word()),
-            ));
-        }
-        batch.delete_table(kernel, table);
-        objects.push((batch.last_seq(), format!("deleting an {} table", kernel.word())));
-    }
-    debug_assert_eq!(crate::sets::protocol_number(Protocol::Tcp), 6);
-    netfilter.commit(batch.finish()).map_err(|source| {
-        let seq = match &source {
-            CommitError::Refused(refusals) => refusals.iter().map(|refusal| refusal.seq).find(|seq| *seq > 0),
-            CommitError::Link(_) => None,
-        };
-        let object = objects.into_iter().find(|(last, _)| seq.is_some_and(|seq| seq <= *last));
-        let what = object.map_or_else(|| "an nf_tables transaction".to_owned(), |(_, what)| what);
-        Error::Lacks { what, source }
-    })
 }

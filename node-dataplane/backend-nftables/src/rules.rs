@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use lockstep_kernel::nf_tables::{CmpOp, Expression, PayloadBase, Verdict};
+use lockstep_kernel::nf_tables::{CmpOp, Expression, LearnOp, PayloadBase, Verdict};
 use lockstep_model::Family;
 
 use crate::sets::{Field, SetId, TARGET};
@@ -28,6 +28,19 @@ pub(crate) enum Clause {
     VerdictOf(SetId),
     /// DNAT to the map's entry for the key, with a random index below `count`.
     TranslateBy { set: SetId, count: u32 },
+    /// Puts the map's serial number for the key into the priority; an index is random below
+    /// `count`. Ends the rule where the map lacks the key.
+    TakeSerial { map: SetId, count: u32 },
+    /// The client is given the serial number in the priority, for so many seconds from now.
+    Remember { map: SetId, seconds: u32 },
+    /// The client is given nothing any more.
+    Forget { map: SetId },
+    /// DNAT to the map's entry for the key.
+    Translate { map: SetId },
+    /// The priority has all of these bits, as serial numbers do.
+    PriorityHas(u32),
+    /// Clears the priority.
+    ClearPriority,
     /// The mark has this bit.
     Marked(u32),
     /// Sets this bit of the mark.
@@ -44,6 +57,7 @@ pub(crate) enum Clause {
 
 const CT_STATE: u32 = 0;
 const CT_STATE_NEW: u32 = 8;
+const META_PRIORITY: u32 = 2;
 const META_MARK: u32 = 3;
 const META_L4PROTO: u32 = 16;
 const FIB_SADDR: u32 = 1;
@@ -92,12 +106,7 @@ impl Clause {
             }
             Clause::VerdictOf(map) => {
                 load_key(map.key(), family, out);
-                out.push(Expression::Lookup {
-                    set: map.name().to_owned(),
-                    from: 1,
-                    to: Some(0),
-                    invert: false,
-                });
+                out.push(look_up(*map, Some(0)));
             }
             Clause::TranslateBy { set, count } => {
                 let (index, fields) = set
@@ -106,17 +115,32 @@ impl Clause {
                     .map_or((0, &[][..]), |(_, fields)| (load_key(fields, family, out), fields));
                 debug_assert!(!fields.is_empty(), "a map of endpoints has an index");
                 out.push(Expression::Random { to: register(index), modulus: *count });
-                out.push(Expression::Lookup {
-                    set: set.name().to_owned(),
-                    from: 1,
-                    to: Some(1),
-                    invert: false,
-                });
-                out.push(Expression::Dnat {
-                    family: u32::from(kernel_family(family) as u8),
-                    address: 1,
-                    port: register(TARGET[0].length(family) / 4),
-                });
+                translate(*set, family, out);
+            }
+            Clause::TakeSerial { map, count } => {
+                load_key(map.key(), family, out);
+                if let Some(Expression::Random { modulus, .. }) = out.last_mut() {
+                    *modulus = *count;
+                }
+                out.push(look_up(*map, Some(1)));
+                out.push(Expression::SetMeta { key: META_PRIORITY, from: 1 });
+            }
+            Clause::Remember { map, seconds } => {
+                learn(*map, LearnOp::Update, u64::from(*seconds) * 1000, family, out);
+            }
+            Clause::Forget { map } => learn(*map, LearnOp::Delete, 0, family, out),
+            Clause::Translate { map } => {
+                load_key(map.key(), family, out);
+                translate(*map, family, out);
+            }
+            Clause::PriorityHas(bits) => {
+                out.push(Expression::Meta { key: META_PRIORITY, to: 1 });
+                out.push(mask(*bits, 0));
+                out.push(compare(CmpOp::Eq, &bits.to_ne_bytes()));
+            }
+            Clause::ClearPriority => {
+                out.push(Expression::Immediate { to: 1, data: vec![0; 4] });
+                out.push(Expression::SetMeta { key: META_PRIORITY, from: 1 });
             }
             Clause::Marked(bit) => {
                 out.push(Expression::Meta { key: META_MARK, to: 1 });
@@ -159,6 +183,25 @@ impl Clause {
             Clause::TranslateBy { set, count } => {
                 write!(out, "dnat {ip} to {} map @{}", key_text(set.key(), family, *count), set.name())
             }
+            Clause::TakeSerial { map, count } => {
+                write!(out, "meta priority set {} map @{}", key_text(map.key(), family, *count), map.name())
+            }
+            Clause::Remember { map, seconds } => {
+                let (map, key) = (map.name(), key_text(map.key(), family, 0));
+                write!(out, "update @{map} {{ {key} timeout {} : meta priority }}", duration(*seconds))
+            }
+            Clause::Forget { map } => {
+                let key = key_text(map.key(), family, 0);
+                write!(out, "delete @{} {{ {key} : meta priority }}", map.name())
+            }
+            Clause::Translate { map } => {
+                write!(out, "dnat {ip} to {} map @{}", key_text(map.key(), family, 0), map.name())
+            }
+            Clause::PriorityHas(bits) => {
+                let bits = format!("{:x}:{:x}", bits >> 16, bits & 0xffff);
+                write!(out, "meta priority & {bits} == {bits}")
+            }
+            Clause::ClearPriority => write!(out, "meta priority set none"),
             Clause::Marked(bit) => write!(out, "meta mark & {bit:#010x} == {bit:#010x}"),
             Clause::SetMark(bit) => write!(out, "meta mark set meta mark | {bit:#010x}"),
             Clause::FlipMark(bit) => write!(out, "meta mark set meta mark ^ {bit:#010x}"),
@@ -186,6 +229,7 @@ pub(crate) fn key_text(fields: &[Field], family: Family, count: u32) -> String {
             Field::L4Proto => "meta l4proto".to_owned(),
             Field::Dport => "th dport".to_owned(),
             Field::Index => format!("numgen random mod {count}"),
+            Field::Serial => "meta priority".to_owned(),
         })
         .collect();
     parts.join(" . ")
@@ -221,7 +265,46 @@ fn load(field: Field, family: Family, to: u32) -> Expression {
         Field::L4Proto => Expression::Meta { key: META_L4PROTO, to },
         Field::Dport => Expression::Payload { base: PayloadBase::Transport, offset: 2, length: 2, to },
         Field::Index => Expression::Random { to, modulus: 1 },
+        Field::Serial => Expression::Meta { key: META_PRIORITY, to },
     }
+}
+
+fn look_up(set: SetId, to: Option<u32>) -> Expression {
+    Expression::Lookup { set: set.name().to_owned(), from: 1, to, invert: false }
+}
+
+/// DNAT to what a map of endpoints says about the key in the registers.
+fn translate(map: SetId, family: Family, out: &mut Vec<Expression>) {
+    out.push(look_up(map, Some(1)));
+    out.push(Expression::Dnat {
+        family: u32::from(kernel_family(family) as u8),
+        address: 1,
+        port: register(TARGET[0].length(family) / 4),
+    });
+}
+
+/// Changes what a client has been given; the serial number is in the priority.
+fn learn(map: SetId, op: LearnOp, timeout: u64, family: Family, out: &mut Vec<Expression>) {
+    let words = load_key(map.key(), family, out);
+    // Behind the key, at the next 16 bytes, where nft has it too.
+    let data = register(words.next_multiple_of(4));
+    out.push(Expression::Meta { key: META_PRIORITY, to: data });
+    out.push(Expression::Learn { map: map.name().to_owned(), op, key: 1, data, timeout });
+}
+
+/// Seconds as nft writes them.
+fn duration(seconds: u32) -> String {
+    let mut text = String::new();
+    let units = [(86_400, 'd'), (3600, 'h'), (60, 'm'), (1, 's')];
+    let mut rest = seconds;
+    for (length, unit) in units {
+        if rest >= length {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "{}{unit}", rest / length);
+            rest %= length;
+        }
+    }
+    text
 }
 
 fn from(network: &IpNet, family: Family, out: &mut Vec<Expression>) {

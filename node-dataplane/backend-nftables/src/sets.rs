@@ -20,6 +20,14 @@ pub(crate) enum SetId {
     LocalNodeEndpoints,
     NoEndpoints,
     NoEndpointsNodePorts,
+    Serials,
+    LocalSerials,
+    NodeSerials,
+    LocalNodeSerials,
+    AffineEndpoints,
+    AffineNodeEndpoints,
+    Affinity,
+    NodeAffinity,
     Hairpin,
     NodeIps,
     Restricted,
@@ -27,7 +35,7 @@ pub(crate) enum SetId {
 }
 
 impl SetId {
-    pub(crate) const ALL: [SetId; 12] = [
+    pub(crate) const ALL: [SetId; 20] = [
         SetId::Frontends,
         SetId::NodePorts,
         SetId::Endpoints,
@@ -36,6 +44,14 @@ impl SetId {
         SetId::LocalNodeEndpoints,
         SetId::NoEndpoints,
         SetId::NoEndpointsNodePorts,
+        SetId::Serials,
+        SetId::LocalSerials,
+        SetId::NodeSerials,
+        SetId::LocalNodeSerials,
+        SetId::AffineEndpoints,
+        SetId::AffineNodeEndpoints,
+        SetId::Affinity,
+        SetId::NodeAffinity,
         SetId::Hairpin,
         SetId::NodeIps,
         SetId::Restricted,
@@ -52,6 +68,14 @@ impl SetId {
             SetId::LocalNodeEndpoints => "local_node_endpoints",
             SetId::NoEndpoints => "no_endpoints",
             SetId::NoEndpointsNodePorts => "no_endpoints_nodeports",
+            SetId::Serials => "serials",
+            SetId::LocalSerials => "local_serials",
+            SetId::NodeSerials => "node_serials",
+            SetId::LocalNodeSerials => "local_node_serials",
+            SetId::AffineEndpoints => "affine_endpoints",
+            SetId::AffineNodeEndpoints => "affine_node_endpoints",
+            SetId::Affinity => "affinity",
+            SetId::NodeAffinity => "node_affinity",
             SetId::Hairpin => "hairpin",
             SetId::NodeIps => "node_ips",
             SetId::Restricted => "restricted",
@@ -85,8 +109,61 @@ impl SetId {
         }
     }
 
+    /// The map of serial numbers for a kind of frontend and a pool, where there is affinity.
+    pub(crate) fn serials(via: Via, pool: Pool) -> Self {
+        match (via, pool) {
+            (Via::Address, Pool::Cluster) => SetId::Serials,
+            (Via::Address, Pool::Local) => SetId::LocalSerials,
+            (Via::NodePort, Pool::Cluster) => SetId::NodeSerials,
+            (Via::NodePort, Pool::Local) => SetId::LocalNodeSerials,
+        }
+    }
+
+    /// The map of endpoints by serial number for a kind of frontend.
+    pub(crate) fn affine_endpoints(via: Via) -> Self {
+        match via {
+            Via::Address => SetId::AffineEndpoints,
+            Via::NodePort => SetId::AffineNodeEndpoints,
+        }
+    }
+
+    /// What clients have been given, for a kind of frontend.
+    pub(crate) fn affinity(via: Via) -> Self {
+        match via {
+            Via::Address => SetId::Affinity,
+            Via::NodePort => SetId::NodeAffinity,
+        }
+    }
+
+    /// Packets fill it, not we: its elements are neither compared nor written.
+    pub(crate) fn is_learned(self) -> bool {
+        matches!(self, SetId::Affinity | SetId::NodeAffinity)
+    }
+
     pub(crate) fn is_map(self) -> bool {
-        !matches!(self, SetId::Hairpin | SetId::NodeIps | SetId::Restricted | SetId::Allowed)
+        self.data() != Data::None
+    }
+
+    /// What it says about a key.
+    pub(crate) fn data(self) -> Data {
+        match self {
+            SetId::Hairpin | SetId::NodeIps | SetId::Restricted | SetId::Allowed => Data::None,
+            SetId::Frontends | SetId::NodePorts | SetId::NoEndpoints | SetId::NoEndpointsNodePorts => {
+                Data::Verdict
+            }
+            SetId::Endpoints
+            | SetId::LocalEndpoints
+            | SetId::NodeEndpoints
+            | SetId::LocalNodeEndpoints
+            | SetId::AffineEndpoints
+            | SetId::AffineNodeEndpoints => Data::Fields(&TARGET),
+            SetId::Serials
+            | SetId::LocalSerials
+            | SetId::NodeSerials
+            | SetId::LocalNodeSerials
+            | SetId::Affinity
+            | SetId::NodeAffinity => Data::Fields(&[Field::Serial]),
+        }
     }
 
     /// The fields of its key.
@@ -96,10 +173,17 @@ impl SetId {
                 &[Field::Daddr, Field::L4Proto, Field::Dport]
             }
             SetId::NodePorts | SetId::NoEndpointsNodePorts => &[Field::L4Proto, Field::Dport],
-            SetId::Endpoints | SetId::LocalEndpoints => {
+            SetId::Endpoints | SetId::LocalEndpoints | SetId::Serials | SetId::LocalSerials => {
                 &[Field::Daddr, Field::L4Proto, Field::Dport, Field::Index]
             }
-            SetId::NodeEndpoints | SetId::LocalNodeEndpoints => &[Field::L4Proto, Field::Dport, Field::Index],
+            SetId::NodeEndpoints
+            | SetId::LocalNodeEndpoints
+            | SetId::NodeSerials
+            | SetId::LocalNodeSerials => &[Field::L4Proto, Field::Dport, Field::Index],
+            SetId::AffineEndpoints => &[Field::Daddr, Field::L4Proto, Field::Dport, Field::Serial],
+            SetId::AffineNodeEndpoints => &[Field::L4Proto, Field::Dport, Field::Serial],
+            SetId::Affinity => &[Field::Saddr, Field::Daddr, Field::L4Proto, Field::Dport],
+            SetId::NodeAffinity => &[Field::Saddr, Field::L4Proto, Field::Dport],
             SetId::Hairpin => &[Field::Saddr, Field::Daddr],
             SetId::NodeIps => &[Field::Daddr],
             SetId::Allowed => &[Field::Daddr, Field::L4Proto, Field::Dport, Field::Saddr],
@@ -112,15 +196,19 @@ impl SetId {
             fields.iter().fold(0, |all, field| all << 6 | field.type_id(family)) // TYPE_BITS of nft
         };
         let length = |fields: &[Field]| fields.iter().map(|field| field.length(family)).sum();
-        let data = match self {
-            _ if !self.is_map() => None,
-            id if id.holds_targets() => Some((ids(&TARGET), length(&TARGET))),
-            _ => Some(Set::VERDICT),
+        let data = match self.data() {
+            Data::None => None,
+            Data::Verdict => Some(Set::VERDICT),
+            Data::Fields(fields) => Some((ids(fields), length(fields))),
         };
         let ranges = self == SetId::Allowed;
         Set {
             name: self.name().to_owned(),
-            flags: if ranges { Set::INTERVAL | Set::CONCATENATED } else { 0 },
+            flags: match self {
+                _ if ranges => Set::INTERVAL | Set::CONCATENATED,
+                id if id.is_learned() => Set::DYNAMIC | Set::TIMEOUT,
+                _ => 0,
+            },
             key_type: ids(self.key()),
             key_length: length(self.key()),
             data,
@@ -133,13 +221,17 @@ impl SetId {
             userdata: crate::userdata::of(self, family),
         }
     }
+}
 
-    pub(crate) fn holds_targets(self) -> bool {
-        matches!(
-            self,
-            SetId::Endpoints | SetId::LocalEndpoints | SetId::NodeEndpoints | SetId::LocalNodeEndpoints
-        )
-    }
+/// What sets and maps say about a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Data {
+    /// That it is there.
+    None,
+    /// Where its packets go.
+    Verdict,
+    /// Values for registers.
+    Fields(&'static [Field]),
 }
 
 /// Data of the maps of endpoints.
@@ -154,6 +246,9 @@ pub(crate) enum Field {
     Dport,
     /// Index among the endpoints.
     Index,
+    /// Serial number of an endpoint. nft has no register of its own between two look-ups, so
+    /// it travels in the packet's priority, which `layout` clears again.
+    Serial,
 }
 
 impl Field {
@@ -171,7 +266,7 @@ impl Field {
             },
             Field::L4Proto => 1,
             Field::Dport => 2,
-            Field::Index => 4,
+            Field::Index | Field::Serial => 4,
         }
     }
 
@@ -185,9 +280,14 @@ impl Field {
             Field::L4Proto => 12,
             Field::Dport => 13,
             Field::Index => 4,
+            Field::Serial => 23,
         }
     }
 }
+
+/// The bits that every serial number has. As a priority, it is then the handle of nobody's
+/// queueing discipline: `tc` counts handles from 1 up, the kernel from 0x8001 up.
+pub(crate) const SERIALS: u32 = 0xf000_0000;
 
 /// A key of any of the sets, as the kernel has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -247,6 +347,18 @@ impl Key {
         key
     }
 
+    /// Key of one of a frontend's endpoints, by its serial number.
+    pub(crate) fn affine_endpoint(frontend: &Key, serial: u32) -> Self {
+        let mut key = *frontend;
+        key.push(&serial.to_ne_bytes());
+        key
+    }
+
+    /// The last field of a key that ends with a serial number.
+    pub(crate) fn last_number(&self) -> u32 {
+        self.bytes().last_chunk().copied().map_or(0, u32::from_ne_bytes)
+    }
+
     /// Key of an address.
     pub(crate) fn address(address: IpAddr) -> Self {
         let mut key = Self::empty();
@@ -286,6 +398,8 @@ pub(crate) enum Datum {
     UpTo(IpAddr),
     /// An endpoint.
     Target(Target),
+    /// The serial number of an endpoint.
+    Serial(u32),
     /// `goto`.
     Goto(SharedChain),
     /// `drop`.
@@ -307,10 +421,13 @@ impl Datum {
             (None, None, Some(end)) if set == SetId::Allowed => {
                 read_last_address(end).map_or(Datum::Foreign, Datum::UpTo)
             }
-            (Some(bytes), None, None) if set.holds_targets() => {
+            (Some(bytes), None, None) if set.data() == Data::Fields(&TARGET) => {
                 read_target(bytes).map_or(Datum::Foreign, Datum::Target)
             }
-            (None, Some((code, chain)), None) if set.is_map() && !set.holds_targets() => {
+            (Some(bytes), None, None) if set.is_map() => {
+                read_serial(bytes).map_or(Datum::Foreign, Datum::Serial)
+            }
+            (None, Some((code, chain)), None) if set.data() == Data::Verdict => {
                 match (code == Verdict::Drop.code(), chain.and_then(SharedChain::parse)) {
                     (true, None) => Datum::Drop,
                     (false, Some(chain)) if code == GOTO => Datum::Goto(chain),
@@ -340,6 +457,10 @@ pub(crate) fn target_bytes(target: &Target) -> ([u8; 20], usize) {
     };
     bytes[end..end + 2].copy_from_slice(&target.port.get().to_be_bytes());
     (bytes, end + 4)
+}
+
+pub(crate) fn read_serial(bytes: &[u8]) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
 
 fn read_target(bytes: &[u8]) -> Option<Target> {

@@ -14,8 +14,9 @@ use rustc_hash::FxHashMap;
 
 use crate::layout;
 use crate::names::{SharedChain, TABLE};
+use crate::observe::Remembered;
 use crate::rules::kernel_family;
-use crate::sets::{Datum, GOTO, Key, SetId, target_bytes};
+use crate::sets::{Datum, GOTO, Key, SERIALS, SetId, target_bytes};
 
 /// Elements of one set that are written.
 #[derive(Debug, Default)]
@@ -58,7 +59,7 @@ const LANES: usize = SetId::ALL.len();
 pub(crate) struct Stage {
     lanes: Vec<Lane>,
     /// Bit per lane that has anything.
-    touched: u32,
+    touched: u64,
     marks: Vec<Mark>,
     attributed: bool,
     /// Changes of how many elements lead to a chain.
@@ -67,6 +68,8 @@ pub(crate) struct Stage {
     pub(crate) hairpin: FxHashMap<IpAddr, i64>,
     pub(crate) written: Written,
     name: String,
+    /// The serial number that was given out last.
+    last_serial: u32,
 }
 
 /// Which Service a refused message belongs to.
@@ -95,7 +98,20 @@ impl Stage {
             hairpin: FxHashMap::default(),
             written: Written::default(),
             name: String::new(),
+            last_serial: 0,
         }
+    }
+
+    /// A serial number that no endpoint had yet, in this process or one before it. After 268
+    /// million endpoints they begin anew; by then no client has an old one any more.
+    pub(crate) fn next_serial(&mut self) -> u32 {
+        self.last_serial = (self.last_serial + 1) & !SERIALS;
+        SERIALS | self.last_serial
+    }
+
+    /// Somebody before us gave this one out.
+    pub(crate) fn serial_is_taken(&mut self, serial: u32) {
+        self.last_serial = self.last_serial.max(serial & !SERIALS);
     }
 
     /// Begins anew. `attributed`: refusals can be told apart by Service, which costs
@@ -146,6 +162,7 @@ impl Stage {
                 let (bytes, length) = target_bytes(&target);
                 nf_tables::put_mapping(out, key.bytes(), &bytes[..length]);
             }
+            Datum::Serial(serial) => nf_tables::put_mapping(out, key.bytes(), &serial.to_ne_bytes()),
             Datum::Goto(chain) => {
                 self.name.clear();
                 chain.write_name(&mut self.name);
@@ -157,6 +174,14 @@ impl Stage {
             }
         }
         self.note(family, set, key, Some(datum));
+    }
+
+    /// Adds what a client has been given. Packets change it at any time, so it is not compared.
+    pub(crate) fn remember(&mut self, family: Family, set: SetId, key: &Key, given: Remembered) {
+        let index = lane_index(family, set);
+        self.touched |= 1 << index;
+        let data = given.serial.to_ne_bytes();
+        nf_tables::put_passing(&mut self.lanes[index].add, key.bytes(), &data, given.lifetime);
     }
 
     /// Deletes an element that is there.
@@ -273,7 +298,7 @@ fn put_elements(batch: &mut Batch, op: ElementOp, lane: usize, encoded: &[u8]) {
 }
 
 /// The positions of the bits that are set.
-fn bits(mut set: u32) -> impl Iterator<Item = usize> {
+fn bits(mut set: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let next = (set != 0).then(|| set.trailing_zeros() as usize)?;
         set &= set - 1;

@@ -15,6 +15,10 @@ use crate::stage::{Stage, lane_index};
 /// Sets begin with room for this many elements.
 const SMALLEST: usize = 1024;
 
+/// So many clients can have an endpoint; one takes about 150 bytes. Those beyond are served
+/// without affinity until others were idle.
+pub(crate) const CLIENTS: u32 = 1 << 18;
+
 /// What is in force.
 #[derive(Debug, Default)]
 pub(crate) struct State {
@@ -28,7 +32,16 @@ pub(crate) struct State {
     /// How many ports have a local endpoint at an address.
     pub(crate) hairpin: FxHashMap<IpAddr, i64>,
     /// Per set: elements, and how many fit.
-    fill: [Fill; 2 * SetId::ALL.len()],
+    fill: Fills,
+}
+
+#[derive(Debug)]
+struct Fills([Fill; 2 * SetId::ALL.len()]);
+
+impl Default for Fills {
+    fn default() -> Self {
+        Self([Fill::default(); 2 * SetId::ALL.len()])
+    }
 }
 
 /// How full a set is.
@@ -109,7 +122,10 @@ impl State {
     }
 
     pub(crate) fn size(&self, family: Family, set: SetId) -> u32 {
-        match self.fill[lane_index(family, set)].size {
+        if set.is_learned() {
+            return CLIENTS;
+        }
+        match self.fill.0[lane_index(family, set)].size {
             0 => size_for(0),
             size => size,
         }
@@ -117,19 +133,19 @@ impl State {
 
     /// How many elements a set has.
     pub(crate) fn elements_in(&self, family: Family, set: SetId) -> usize {
-        self.fill[lane_index(family, set)].elements
+        self.fill.0[lane_index(family, set)].elements
     }
 
     /// A set was found or declared: so many elements, so many fit.
     pub(crate) fn set_fill(&mut self, family: Family, set: SetId, elements: usize, size: u32) {
-        self.fill[lane_index(family, set)] = Fill { elements, size };
+        self.fill.0[lane_index(family, set)] = Fill { elements, size };
     }
 
     /// True where every set has room for a transaction. Deleted elements count as there
     /// while the transaction is made.
     pub(crate) fn has_room(&self, stage: &Stage) -> bool {
         stage.touched().all(|index| {
-            let Fill { elements, size } = self.fill[index];
+            let Fill { elements, size } = self.fill.0[index];
             elements + stage.lane(index).added <= size as usize
         })
     }
@@ -185,7 +201,7 @@ impl State {
             add(&mut self.hairpin, *address, *by);
         }
         for index in stage.touched() {
-            let (lane, fill) = (stage.lane(index), &mut self.fill[index]);
+            let (lane, fill) = (stage.lane(index), &mut self.fill.0[index]);
             fill.elements = (fill.elements + lane.added).saturating_sub(lane.deleted);
         }
     }
@@ -237,9 +253,10 @@ pub(crate) fn node_ips(node: &NodePlan) -> Vec<IpAddr> {
     all
 }
 
-/// Every set of both tables.
+/// Every set of both tables that we write the elements of.
 pub(crate) fn every_set() -> impl Iterator<Item = (Family, SetId)> {
-    Family::ALL.into_iter().flat_map(|family| SetId::ALL.into_iter().map(move |set| (family, set)))
+    let written = || SetId::ALL.into_iter().filter(|set| !set.is_learned());
+    Family::ALL.into_iter().flat_map(move |family| written().map(move |set| (family, set)))
 }
 
 fn depth(chain: SharedChain) -> usize {

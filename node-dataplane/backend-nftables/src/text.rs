@@ -1,4 +1,5 @@
-//! The tables in nft's syntax, for people and for review goldens. Loads with `nft -f`.
+//! The tables in nft's syntax, for people and for review goldens. Loads with `nft -f`, but for
+//! IPv6 affinity: nft 1.0.6 can list those rules and not load them.
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -9,7 +10,7 @@ use lockstep_model::Family;
 use crate::layout::{self, ChainLayout};
 use crate::names::TABLE;
 use crate::rules::{kernel_family, key_text};
-use crate::sets::{Datum, Field, Key, SetId, TARGET};
+use crate::sets::{Data, Datum, Field, Key, SetId};
 use crate::state::State;
 
 /// Both tables.
@@ -41,8 +42,8 @@ pub(crate) fn render(state: &State) -> String {
 
 fn set_text(out: &mut String, family: Family, set: SetId, size: u32, elements: &[String]) {
     let kind = if set.is_map() { "map" } else { "set" };
-    let key = if set.holds_targets() {
-        format!("typeof {} : {}", key_text(set.key(), family, 2), key_text(&TARGET, family, 0))
+    let key = if let Data::Fields(data) = set.data() {
+        format!("typeof {} : {}", key_text(set.key(), family, 2), key_text(data, family, 0))
     } else {
         let types: Vec<&str> = set.key().iter().map(|field| type_name(*field, family)).collect();
         format!("type {}{}", types.join(" . "), if set.is_map() { " : verdict" } else { "" })
@@ -50,6 +51,9 @@ fn set_text(out: &mut String, family: Family, set: SetId, size: u32, elements: &
     let _ = writeln!(out, "\t{kind} {} {{\n\t\t{key}\n\t\tsize {size}", set.name());
     if set == SetId::Allowed {
         out.push_str("\t\tflags interval\n");
+    }
+    if set.is_learned() {
+        out.push_str("\t\tflags dynamic,timeout\n");
     }
     if !elements.is_empty() {
         let _ = writeln!(out, "\t\telements = {{ {} }}", elements.join(",\n\t\t\t     "));
@@ -86,6 +90,7 @@ fn type_name(field: Field, family: Family) -> &'static str {
         Field::L4Proto => "inet_proto",
         Field::Dport => "inet_service",
         Field::Index => "integer",
+        Field::Serial => "classid",
     }
 }
 
@@ -104,6 +109,7 @@ fn element_text(family: Family, set: SetId, key: &Key, datum: Datum) -> String {
     match datum {
         Datum::Present | Datum::UpTo(_) => key,
         Datum::Target(target) => format!("{key} : {} . {}", target.address, target.port),
+        Datum::Serial(serial) => format!("{key} : {}", serial_text(serial)),
         Datum::Goto(chain) => format!("{key} : goto {}", chain.name()),
         Datum::Drop | Datum::Foreign => format!("{key} : drop"),
     }
@@ -121,6 +127,12 @@ fn field_text(field: Field, bytes: &[u8]) -> String {
         (Field::L4Proto, [132, ..]) => "sctp".to_owned(),
         (Field::Dport, [a, b, ..]) => u16::from_be_bytes([*a, *b]).to_string(),
         (Field::Index, [a, b, c, d]) => u32::from_ne_bytes([*a, *b, *c, *d]).to_string(),
+        (Field::Serial, [a, b, c, d]) => serial_text(u32::from_ne_bytes([*a, *b, *c, *d])),
         _ => "?".to_owned(),
     }
+}
+
+/// A priority as nft writes it: major and minor number.
+fn serial_text(serial: u32) -> String {
+    format!("{:x}:{:x}", serial >> 16, serial & 0xffff)
 }

@@ -1,11 +1,11 @@
-//! What nft keeps beside a set so that it can list it: byte orders, and for maps of
-//! endpoints the expressions behind the key, because `numgen` has no plain type name.
+//! What nft keeps beside a set so that it can list it: byte orders, and for maps to values
+//! the expressions behind key and data, because `numgen` has no plain type name.
 //!
 //! The format is nft's own: records of type, length, value, nested in places.
 
 use lockstep_model::Family;
 
-use crate::sets::{Field, SetId, TARGET};
+use crate::sets::{Data, Field, SetId};
 
 const KEY_BYTE_ORDER: u8 = 0;
 const DATA_BYTE_ORDER: u8 = 1;
@@ -22,6 +22,7 @@ const CONCAT: u32 = 13;
 const NUMGEN: u32 = 23;
 /// Byte orders in nft.
 const MIXED: u32 = 0;
+const HOST: u32 = 1;
 const BIG_ENDIAN: u32 = 2;
 
 /// The user data of a set.
@@ -32,12 +33,18 @@ pub(crate) fn of(set: SetId, family: Family) -> Vec<u8> {
         return out;
     }
     put_u32(&mut out, KEY_BYTE_ORDER, MIXED);
-    if set.is_map() {
-        put_u32(&mut out, DATA_BYTE_ORDER, MIXED);
+    match set.data() {
+        Data::None => {}
+        Data::Fields([_]) => put_u32(&mut out, DATA_BYTE_ORDER, HOST),
+        Data::Fields(_) | Data::Verdict => put_u32(&mut out, DATA_BYTE_ORDER, MIXED),
     }
-    if set.holds_targets() {
+    if let Data::Fields(fields) = set.data() {
         put(&mut out, KEY_TYPEOF, &concatenation(set.key(), family));
-        put(&mut out, DATA_TYPEOF, &concatenation(&TARGET, family));
+        let data = match fields {
+            [field] => expression(*field, family),
+            fields => concatenation(fields, family),
+        };
+        put(&mut out, DATA_TYPEOF, &data);
     } else {
         // The type is in the declaration; nft writes an empty concatenation.
         put(&mut out, KEY_TYPEOF, &concatenation(&[], family));
@@ -67,6 +74,7 @@ fn expression(field: Field, family: Family) -> Vec<u8> {
         Field::Daddr => record(PAYLOAD, &numbers(&[header, daddr])),
         Field::Dport => record(PAYLOAD, &numbers(&[11, 2])),
         Field::L4Proto => record(META, &numbers(&[16])),
+        Field::Serial => record(META, &numbers(&[2])),
         // random, modulus (any will do), offset
         Field::Index => record(NUMGEN, &numbers(&[1, 2, 0])),
     }

@@ -208,6 +208,7 @@ fn is_value(datum: Datum, found: Option<&Value>) -> bool {
             let (expected, length) = target_bytes(&target);
             expected[..length] == **bytes
         }
+        (Datum::Serial(serial), Some(Value::Bytes(bytes))) => serial.to_ne_bytes() == **bytes,
         (Datum::Drop, Some(Value::Verdict(verdict))) => *verdict == nf_tables::Verdict::Drop,
         (Datum::Goto(chain), Some(Value::Verdict(nf_tables::Verdict::Goto(name)))) => {
             SharedChain::parse(name) == Some(chain)

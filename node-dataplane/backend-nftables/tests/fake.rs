@@ -101,7 +101,8 @@ fn a_refused_service_among_many_is_found_in_a_full_programming_too() {
 #[test]
 fn a_plan_that_cannot_be_programmed_is_refused_alone() {
     let mut odd = (*small(1, &[1])).clone();
-    odd.ports[0].affinity_seconds = Some(60);
+    odd.ports[0].frontends[0].surface = lockstep_view::Surface::NodePort;
+    odd.ports[0].frontends[0].allowed_sources = Some(vec!["10.0.0.0/8".parse().unwrap()].into());
     let mut crooked = (*small(2, &[2])).clone();
     crooked.ports[0].cluster = vec![target("fd00::1", 80)];
     let plan = plan([std::sync::Arc::new(odd), std::sync::Arc::new(crooked), small(3, &[3])]);
@@ -198,8 +199,74 @@ fn chains_are_made_when_first_used_and_removed_when_last_left() {
     assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
 }
 
+/// `small`, with affinity.
+fn sticky(n: u8, pods: &[u8]) -> std::sync::Arc<lockstep_view::ServicePlan> {
+    let mut service = (*small(n, pods)).clone();
+    service.ports[0].affinity_seconds = Some(60);
+    std::sync::Arc::new(service)
+}
+
+/// Serial numbers of a Service's endpoints, by pod.
+fn serials(backend: &mut Nftables<FakeKernel>, n: u8) -> BTreeMap<u8, u32> {
+    let elements = backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "affine_endpoints");
+    let of_service = elements.iter().filter(|(key, _)| key[..4] == [10, 96, 1, n]);
+    let pod = |element: &Vec<u8>| {
+        let at = element.windows(3).rposition(|bytes| bytes == [10, 244, 0]).unwrap();
+        element[at + 3]
+    };
+    of_service.map(|(key, data)| (pod(data), u32::from_ne_bytes(*key.last_chunk().unwrap()))).collect()
+}
+
+#[test]
+fn an_endpoint_keeps_its_serial_number_while_it_is_there_and_no_number_is_used_twice() {
+    let mut plan = plan([sticky(1, &[1, 2, 3])]);
+    let mut backend = synced(&plan);
+    let first = serials(&mut backend, 1);
+    assert_eq!(first.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
+    // The last endpoint moves to the index of the one that leaves: a number out, an index
+    // rewritten, an index less, and the count.
+    plan.services.insert(key("s1"), sticky(1, &[2, 3]));
+    assert_eq!(backend.apply(&plan, &[key("s1")]).unwrap().objects_changed, 1 + 3 + 2 + 3);
+    assert_eq!(backend.verify().unwrap(), []);
+    let without = serials(&mut backend, 1);
+    assert_eq!(without, BTreeMap::from([(2, first[&2]), (3, first[&3])]));
+    // One that comes back has been away.
+    plan.services.insert(key("s1"), sticky(1, &[1, 2, 3]));
+    backend.apply(&plan, &[key("s1")]).unwrap();
+    let again = serials(&mut backend, 1);
+    assert_eq!((again[&2], again[&3]), (first[&2], first[&3]));
+    assert!(!first.values().any(|serial| *serial == again[&1]));
+    // Whoever starts now goes on with all of them.
+    assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
+    assert_eq!(serials(&mut backend, 1), again);
+}
+
+#[test]
+fn affinity_comes_goes_and_changes_its_time_with_the_service() {
+    let mut plan = plan([small(1, &[1, 2]), small(2, &[3])]);
+    let mut backend = synced(&plan);
+    let steps =
+        [sticky(1, &[1, 2]), sticky(1, &[2, 4, 5]), small(1, &[2, 4]), sticky(1, &[]), sticky(1, &[6])];
+    for step in steps {
+        plan.services.insert(key("s1"), step);
+        assert_eq!(backend.apply(&plan, &[key("s1")]).unwrap().failures, []);
+        assert_eq!(backend.verify().unwrap(), []);
+        assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
+    }
+    let before = serials(&mut backend, 1);
+    let mut longer = (*sticky(1, &[6])).clone();
+    longer.ports[0].affinity_seconds = Some(600);
+    plan.services.insert(key("s1"), std::sync::Arc::new(longer));
+    backend.apply(&plan, &[key("s1")]).unwrap();
+    assert_eq!(serials(&mut backend, 1), before, "no client loses its endpoint");
+    assert!(backend.render().contains("chain svc.c1s600 {") && !backend.render().contains("s60m"));
+    plan.services.remove(&key("s1"));
+    backend.apply(&plan, &[key("s1")]).unwrap();
+    assert!(serials(&mut backend, 1).is_empty());
+}
+
 /// The elements of every map, with the endpoints of each frontend as a sorted list: what
-/// is in force, whatever index an endpoint has.
+/// is in force, whatever index and serial number an endpoint has.
 fn logical(text: &str) -> BTreeMap<String, Vec<String>> {
     let mut logical: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut section = String::new();
@@ -212,6 +279,9 @@ fn logical(text: &str) -> BTreeMap<String, Vec<String>> {
             (true, Some((key, value))) if !section.contains("no_") && !line.starts_with("typeof") => {
                 let frontend = key.rsplit_once(" . ").map_or(key, |(frontend, _)| frontend);
                 (format!("{section} {frontend}"), value.to_owned())
+            }
+            (false, Some((index, _))) if section.contains("serials {") && !line.starts_with("typeof") => {
+                (section.clone(), index.to_owned())
             }
             _ if line.starts_with("size ") => continue,
             _ => (section.clone(), line.to_owned()),
@@ -230,18 +300,19 @@ proptest! {
     #[test]
     fn any_history_ends_where_a_fresh_start_ends(
         steps in proptest::collection::vec(
-            (0_u8..6, proptest::option::of(proptest::collection::btree_set(0_u8..12, 0..9))), 1..30)
+            (0_u8..6, proptest::option::of(proptest::collection::btree_set(0_u8..12, 0..9)), any::<bool>()), 1..30)
     ) {
         let mut plan = plan([]);
         let mut backend = synced(&plan);
         for chunk in steps.chunks(3) {
             let mut changed = Vec::new();
-            for (n, pods) in chunk {
+            for (n, pods, affine) in chunk {
                 let name = key(&format!("s{n}"));
                 match pods {
                     Some(pods) => {
                         let pods: Vec<u8> = pods.iter().copied().collect();
-                        plan.services.insert(name.clone(), small(*n, &pods));
+                        let service = if *affine { sticky(*n, &pods) } else { small(*n, &pods) };
+                        plan.services.insert(name.clone(), service);
                     }
                     None => drop(plan.services.remove(&name)),
                 }
@@ -252,16 +323,21 @@ proptest! {
         }
         let fresh = synced(&plan);
         prop_assert_eq!(logical(&backend.render()), logical(&fresh.render()));
-        let endpoints = backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "endpoints");
+        let mut elements = |map| backend.netfilter_mut().elements(Family::Ipv4, "lockstep", map);
+        let (endpoints, serials) = (elements("endpoints"), elements("serials"));
+        let mut expected = [0, 0];
         for service in plan.services.values() {
             let port = &service.ports[0];
             let n: u8 = service.key.name[1..].parse().unwrap();
+            let affine = port.affinity_seconds.is_some();
+            let indices = if affine { &serials } else { &endpoints };
             for index in 0..port.cluster.len() {
-                prop_assert!(endpoints.contains_key(&endpoint_key(n, index.try_into().unwrap())));
+                prop_assert!(indices.contains_key(&endpoint_key(n, index.try_into().unwrap())));
             }
+            expected[usize::from(affine)] += port.cluster.len();
         }
-        let expected: usize = plan.services.values().map(|service| service.ports[0].cluster.len()).sum();
-        prop_assert_eq!(endpoints.len(), expected);
+        prop_assert_eq!([endpoints.len(), serials.len()], expected);
+        prop_assert_eq!(elements("affine_endpoints").len(), serials.len());
         // Somebody who starts now adopts all of it.
         prop_assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
     }

@@ -87,9 +87,17 @@ fn the_probe_leaves_nothing_behind() {
 #[test]
 fn nft_lists_the_tables_and_loads_its_own_listing_and_our_text() {
     in_namespace(|| {
-        let plan = every_shape();
-        let backend = synced(&plan);
+        let mut plan = every_shape();
+        let mut backend = synced(&plan);
+        assert!(run("nft", &["list", "ruleset"]).contains("update @affinity { ip6 saddr . ip6 daddr"));
+        // nft 1.0.6 lists a rule that updates a map with long keys, and aborts when it is to
+        // load one, whoever wrote it; so without IPv6 here.
+        let mut sticky = (*plan.services[&key("sticky")]).clone();
+        sticky.ports.retain(|port| port.family == lockstep_model::Family::V4);
+        plan.services.insert(key("sticky"), std::sync::Arc::new(sticky));
+        backend.apply(&plan, &[key("sticky")]).unwrap();
         let listing = run("nft", &["list", "ruleset"]);
+        assert!(listing.contains("update @affinity { ip saddr . ip daddr"));
         for text in [&listing, &backend.render()] {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             write!(file, "table ip lockstep\ndelete table ip lockstep\ntable ip6 lockstep\ndelete table ip6 lockstep\n{text}").unwrap();
@@ -155,6 +163,76 @@ fn a_restarted_process_adopts_what_is_there() {
     });
 }
 
+/// Lets the map of clients say that 10.9.9.9 has the first serial number at 10.96.0.5.
+fn remember_a_client() {
+    run("nft", &["add element ip lockstep affinity { 10.9.9.9 . 10.96.0.5 . tcp . 80 timeout 3h : f000:1 }"]);
+}
+
+fn clients() -> String {
+    run("nft", &["list", "map", "ip", "lockstep", "affinity"])
+}
+
+#[test]
+fn what_packets_taught_is_no_drift_and_outlives_the_process() {
+    in_namespace(|| {
+        let plan = every_shape();
+        let mut first = synced(&plan);
+        remember_a_client();
+        assert_eq!(first.verify().unwrap(), []);
+        assert_eq!(audit(&mut first), Vec::<String>::new());
+        let rendered = first.render();
+        drop(first);
+        let mut second = Nftables::open().unwrap();
+        assert_eq!(second.sync(&plan).unwrap().objects_changed, 0);
+        assert_eq!(second.render(), rendered, "the same serial numbers");
+        assert!(clients().contains("10.9.9.9"));
+        // What was taught with another declaration of the map is another matter.
+        run("nft", &["delete table ip lockstep"]);
+        assert!(second.sync(&plan).unwrap().objects_changed > 0);
+        assert_eq!(audit(&mut second), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_serial_number_that_a_client_still_has_is_not_given_to_anybody_else() {
+    in_namespace(|| {
+        let mut plan = every_shape();
+        drop(synced(&plan));
+        run(
+            "nft",
+            &["add element ip lockstep affinity { 10.9.9.9 . 10.96.0.5 . tcp . 80 timeout 3h : f000:77 }"],
+        );
+        let mut sticky = (*plan.services[&key("sticky")]).clone();
+        sticky.ports[0].cluster.push(target("10.244.9.2", 8080));
+        plan.services.insert(key("sticky"), std::sync::Arc::new(sticky));
+        let mut second = Nftables::open().unwrap();
+        second.sync(&plan).unwrap();
+        assert_eq!(second.verify().unwrap(), []);
+        assert!(second.render().contains("10.96.0.5 . tcp . 80 . f000:78 : 10.244.9.2 . 8080"));
+    });
+}
+
+#[test]
+fn clients_keep_their_endpoints_when_the_tables_are_made_anew() {
+    in_namespace(|| {
+        let mut plan = every_shape();
+        let mut backend = synced(&plan);
+        remember_a_client();
+        let serials = |backend: &Nftables| {
+            let text = backend.render();
+            text.lines().filter(|line| line.contains(". f000:")).map(str::to_owned).collect::<Vec<_>>()
+        };
+        let before = serials(&backend);
+        plan.node.masquerade_mark = 0x8000;
+        assert!(backend.sync(&plan).unwrap().objects_changed > 0);
+        assert_eq!(backend.verify().unwrap(), []);
+        assert_eq!(serials(&backend), before);
+        let clients = clients();
+        assert!(clients.contains("10.9.9.9 . 10.96.0.5 . tcp . 80 timeout 3h expires 2h59m"), "{clients}");
+        assert!(clients.contains(": f000:1 "), "{clients}");
+    });
+}
+
 #[test]
 fn drift_is_found_and_repaired() {
     in_namespace(|| {
@@ -171,6 +249,11 @@ fn drift_is_found_and_repaired() {
                 "set ip lockstep hairpin: 1 element not ours",
             ),
             ("add rule ip lockstep services counter", "chain ip lockstep services: differs"),
+            (
+                "delete element ip lockstep affine_endpoints { 10.96.0.5 . tcp . 80 . f000:2 }",
+                "map ip lockstep affine_endpoints: 1 element missing",
+            ),
+            ("flush chain ip lockstep svc.c3s10800", "chain ip lockstep svc.c3s10800: differs"),
             ("flush chain ip lockstep refuse", "chain ip lockstep refuse: differs"),
             ("add chain ip6 lockstep odd", "chain ip6 lockstep odd: not ours"),
             ("add set ip6 lockstep odd { type ipv4_addr; }", "set ip6 lockstep odd: not ours"),
@@ -274,6 +357,7 @@ fn churning(n: u16, random: &mut fastrand::Rng) -> std::sync::Arc<lockstep_view:
         }
     }
     let mut port = port_plan(Protocol::Tcp, 80, targets, frontends);
+    port.affinity_seconds = [None, None, Some(60), Some(10_800)][random.usize(0..4)];
     port.hairpin = port.cluster.iter().filter(|target| target.address == ip("10.224.0.1")).copied().collect();
     service(&format!("s{n}"), vec![port])
 }

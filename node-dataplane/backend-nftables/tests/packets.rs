@@ -8,7 +8,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::netns;
@@ -96,7 +96,10 @@ impl Drop for Namespace {
 
 fn dial(address: &str) -> Result<IpAddr, ErrorKind> {
     let address: SocketAddr = address.parse().unwrap();
-    let mut connection = TcpStream::connect_timeout(&address, PATIENCE).map_err(|error| error.kind())?;
+    answer(TcpStream::connect_timeout(&address, PATIENCE).map_err(|error| error.kind())?)
+}
+
+fn answer(mut connection: TcpStream) -> Result<IpAddr, ErrorKind> {
     connection.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = String::new();
     connection.read_to_string(&mut answer).map_err(|error| error.kind())?;
@@ -212,6 +215,144 @@ fn node_ports_masquerade_or_keep_the_client_as_planned() {
         assert_eq!(world.client.dial("192.168.9.1:30003"), Err(ErrorKind::TimedOut), "dropped");
         assert_eq!(world.pod1.dial("192.168.9.1:30003"), Ok(ip("10.244.1.2")));
         assert_eq!(dial("127.0.0.1:30001"), Err(ErrorKind::ConnectionRefused), "never on loopback");
+    });
+}
+
+/// Who answers a client that is masqueraded: the node's address on the link to the pod.
+fn who(dialled: Result<IpAddr, ErrorKind>) -> IpAddr {
+    dialled.unwrap()
+}
+
+#[test]
+fn a_client_keeps_its_endpoint_at_every_kind_of_address() {
+    let both = || vec![to_pod(1), to_pod(2)];
+    let both_v6 = || vec![target("fd00:10:244:1::2", 8080), target("fd00:10:244:2::2", 8080)];
+    let both_udp = || vec![target("10.244.1.2", 5353), target("10.244.2.2", 5353)];
+    let v4 = vec![
+        cluster_ip("10.96.0.5", 80),
+        external(Surface::NodePort, 30005),
+        external(Surface::ExternalIp(ip("198.51.100.5")), 80),
+        external(Surface::LoadBalancerIp(ip("203.0.113.5")), 80),
+    ];
+    let v6 = vec![cluster_ip("fd00:96::5", 80), external(Surface::NodePort, 30006)];
+    let udp = vec![cluster_ip("10.96.0.5", 53)];
+    // Many Services: the odds that all of a client's connections meet by chance are nil.
+    let mut ports = vec![
+        affine(one("v4", both(), v4), 60),
+        affine(one("v6", both_v6(), v6), 60),
+        affine(port_plan(Protocol::Udp, 53, both_udp(), udp), 60),
+    ];
+    ports[2].name = "udp".into();
+    on_node(&plan([service("sticky", ports)]), |world, _| {
+        let tcp = ["10.96.0.5:80", "192.168.9.1:30005", "198.51.100.5:80", "203.0.113.5:80"];
+        for address in tcp.into_iter().chain(["[fd00:96::5]:80", "[fd00::1]:30006"]) {
+            let first = who(world.client.dial(address));
+            for _ in 0..24 {
+                assert_eq!(who(world.client.dial(address)), first, "{address}");
+            }
+        }
+        let first = who(world.client.dial_udp("10.96.0.5:53"));
+        for _ in 0..24 {
+            assert_eq!(who(world.client.dial_udp("10.96.0.5:53")), first, "UDP");
+        }
+        // Who comes first is not who comes next: with 64 clients, some get the other one.
+        let mut seen: Vec<IpAddr> = (1..=64)
+            .map(|n| {
+                let own = format!("192.0.2.{n}");
+                run("ip", &["route", "replace", &format!("{own}/32"), "via", "192.168.9.2"]);
+                let inside = |arguments: &[&str]| run("ip", &[&["-n", &world.client.0], arguments].concat());
+                inside(&["addr", "add", &format!("{own}/32"), "dev", "lo"]);
+                inside(&["route", "replace", "10.96.0.5/32", "via", "192.168.9.1", "src", &own]);
+                let first = who(world.client.dial("10.96.0.5:80"));
+                assert_eq!(who(world.client.dial("10.96.0.5:80")), first, "{own}");
+                first
+            })
+            .collect();
+        seen.sort();
+        seen.dedup();
+        assert_eq!(seen.len(), 2, "both endpoints serve somebody");
+    });
+}
+
+#[test]
+fn an_endpoint_that_leaves_takes_its_clients_with_it_at_once_and_others_keep_theirs() {
+    let frontends = || vec![cluster_ip("10.96.0.5", 80), external(Surface::NodePort, 30005)];
+    let with = |pods: &[u8]| {
+        let port = one("", pods.iter().map(|pod| to_pod(*pod)).collect(), frontends());
+        plan([service("sticky", vec![affine(port, 3600)])])
+    };
+    on_node(&with(&[1, 2]), |world, backend| {
+        for address in ["10.96.0.5:80", "192.168.9.1:30005"] {
+            let first = who(world.client.dial(address));
+            let (stays, leaves) = if first == ip("10.244.1.1") { (2, first) } else { (1, first) };
+            let other = ip(&format!("10.244.{stays}.1"));
+            backend.apply(&with(&[stays]), &[key("sticky")]).unwrap();
+            assert_eq!(backend.verify().unwrap(), []);
+            for _ in 0..4 {
+                assert_eq!(who(world.client.dial(address)), other, "{address}");
+            }
+            // It stays where it is now when the first comes back.
+            backend.apply(&with(&[1, 2]), &[key("sticky")]).unwrap();
+            for _ in 0..24 {
+                assert_eq!(who(world.client.dial(address)), other, "{address}: {leaves} is back");
+            }
+            // And for whoever starts now.
+            assert_eq!(Nftables::open().unwrap().sync(&with(&[1, 2])).unwrap().objects_changed, 0);
+            assert_eq!(who(world.client.dial(address)), other);
+        }
+    });
+}
+
+#[test]
+fn time_frees_a_client_and_every_connection_begins_it_anew() {
+    let port = one("", vec![to_pod(1), to_pod(2)], vec![cluster_ip("10.96.0.5", 80)]);
+    on_node(&plan([service("sticky", vec![affine(port, 4)])]), |world, _| {
+        let remembered = || {
+            let map = run("nft", &["list", "map", "ip", "lockstep", "affinity"]);
+            map.contains("192.168.9.2 . 10.96.0.5 . tcp . 80")
+        };
+        // Kept alive for longer than the time.
+        let first = who(world.client.dial("10.96.0.5:80"));
+        let start = Instant::now();
+        let mut idle = start;
+        while start.elapsed() < Duration::from_secs(6) {
+            assert!(remembered(), "after {:?}", start.elapsed());
+            idle = Instant::now();
+            assert_eq!(who(world.client.dial("10.96.0.5:80")), first);
+        }
+        // Left alone, it is free, and some time it gets the other one.
+        while remembered() {
+            assert!(idle.elapsed() < Duration::from_secs(20), "it is never forgotten");
+            thread::yield_now();
+        }
+        assert!(idle.elapsed() > Duration::from_millis(3900), "forgotten too early: {:?}", idle.elapsed());
+        let mut tries = 0;
+        while who(world.client.dial("10.96.0.5:80")) == first {
+            tries += 1;
+            assert!(tries < 30, "it gets the same one for ever");
+            run("nft", &["flush", "map", "ip", "lockstep", "affinity"]);
+        }
+    });
+}
+
+#[test]
+fn affinity_leaves_no_priority_behind() {
+    let port = one("", vec![to_pod(2)], vec![cluster_ip("fd00:96::5", 80)]);
+    let mut port = affine(PortPlan { family: lockstep_model::Family::V6, ..port }, 60);
+    port.cluster = vec![target("fd00:10:244:2::2", 8080)];
+    on_node(&plan([service("sticky", vec![port])]), |world, _| {
+        // After our postrouting chain: nothing but zero goes out.
+        run(
+            "nft",
+            &[
+                "table ip6 watch { chain c { type filter hook postrouting priority 300; ip6 daddr fd00:10:244:2::2 tcp flags syn meta priority != none counter; ip6 daddr fd00:10:244:2::2 tcp flags syn counter; }; }",
+            ],
+        );
+        assert_eq!(world.client.dial("[fd00:96::5]:80"), Ok(ip("fd00:10:244:2::1")));
+        let counters = run("nft", &["list", "table", "ip6", "watch"]);
+        let packets: Vec<&str> =
+            counters.split("packets ").skip(1).filter_map(|rest| rest.split(' ').next()).collect();
+        assert_eq!(packets, ["0", "1"], "{counters}");
     });
 }
 

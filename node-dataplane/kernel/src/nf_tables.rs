@@ -19,8 +19,8 @@ mod query;
 mod socket;
 
 pub use batch::{Batch, ElementOp};
-pub use element::{Element, Value, put_key, put_mapping, put_range, put_verdict};
-pub use expression::{CmpOp, Expression, PayloadBase, Verdict};
+pub use element::{Element, Lifetime, Value, put_key, put_mapping, put_passing, put_range, put_verdict};
+pub use expression::{CmpOp, Expression, LearnOp, PayloadBase, Verdict};
 pub use query::{
     Step, chain_exists, chains, element_values, elements, generation, rules, sets, table_exists,
 };
@@ -151,6 +151,10 @@ impl Set {
     pub const VERDICT: (u32, u32) = (0xffff_ff00, 16);
     /// Flag: keys may be ranges.
     pub const INTERVAL: u32 = 0x4;
+    /// Flag: elements may end by themselves.
+    pub const TIMEOUT: u32 = 0x10;
+    /// Flag: packets change the elements.
+    pub const DYNAMIC: u32 = 0x20;
     /// Flag: the key has several fields; needed beside `INTERVAL`.
     pub const CONCATENATED: u32 = 0x80;
     /// Flag of maps.

@@ -114,6 +114,12 @@ pub(crate) fn plan(services: impl IntoIterator<Item = Arc<ServicePlan>>) -> Forw
     }
 }
 
+/// The same, and an idle client keeps its endpoint for so many seconds.
+pub(crate) fn affine(mut port: PortPlan, seconds: u32) -> PortPlan {
+    port.affinity_seconds = Some(seconds);
+    port
+}
+
 /// One Service of every shape that a plan can have, in both families.
 pub(crate) fn every_shape() -> ForwardingPlan {
     use Surface::{ClusterIp, ExternalIp, LoadBalancerIp, NodePort};
@@ -131,6 +137,22 @@ pub(crate) fn every_shape() -> ForwardingPlan {
     );
     local.local = vec![target("10.244.1.2", 8080)];
     local.hairpin = local.local.clone();
+    let mut sticky = affine(
+        port_plan(
+            Protocol::Tcp,
+            80,
+            v4(),
+            vec![
+                cluster_ip("10.96.0.5", 80),
+                external_local(NodePort, 30005, forward(Pool::Local, false)),
+                external_local(LoadBalancerIp(ip("192.0.2.5")), 80, forward(Pool::Local, false)),
+            ],
+        ),
+        10_800,
+    );
+    sticky.local = vec![target("10.244.1.2", 8080)];
+    let sticky_v6 =
+        port_plan(Protocol::Udp, 53, v6(), vec![cluster_ip("fd00:96::5", 53), external(NodePort, 30005)]);
     let mut restricted = external(LoadBalancerIp(ip("192.0.2.7")), 80);
     restricted.allowed_sources =
         Some(["10.0.0.0/8", "203.0.113.7/32"].map(|net| net.parse().unwrap()).to_vec().into());
@@ -188,6 +210,7 @@ pub(crate) fn every_shape() -> ForwardingPlan {
                 ],
             )],
         ),
+        service("sticky", vec![sticky, affine(sticky_v6, 86_400)]),
         service("restricted", vec![port_plan(Protocol::Tcp, 80, v4(), vec![restricted])]),
         service("restricted-v6", vec![port_plan(Protocol::Tcp, 80, v6(), vec![restricted_v6])]),
     ])

@@ -169,6 +169,12 @@ impl Building {
         self
     }
 
+    fn long(self, kind: u32, value: u64) -> Self {
+        // SAFETY: the expression is alive; the attribute is a number of 64 bits.
+        unsafe { sys::nftnl_expr_set_u64(self.0.as_ptr(), attribute(kind), value) };
+        self
+    }
+
     fn byte(self, kind: u32, value: u8) -> Self {
         // SAFETY: the expression is alive; the attribute is a number of 8 bits.
         unsafe { sys::nftnl_expr_set_u8(self.0.as_ptr(), attribute(kind), value) };
@@ -240,6 +246,20 @@ impl Expression {
                 match verdict.chain() {
                     Some(chain) => immediate.text(sys::NFTNL_EXPR_IMM_CHAIN, chain),
                     None => immediate,
+                }
+            }
+            Expression::Immediate { to, data } => Building::new("immediate")
+                .number(sys::NFTNL_EXPR_IMM_DREG, *to)
+                .bytes(sys::NFTNL_EXPR_IMM_DATA, data),
+            Expression::Learn { map, op, key, data, timeout } => {
+                let learn = Building::new("dynset")
+                    .text(sys::NFTNL_EXPR_DYNSET_SET_NAME, map)
+                    .number(sys::NFTNL_EXPR_DYNSET_OP, *op as u32)
+                    .number(sys::NFTNL_EXPR_DYNSET_SREG_KEY, *key)
+                    .number(sys::NFTNL_EXPR_DYNSET_SREG_DATA, *data);
+                match timeout {
+                    0 => learn,
+                    timeout => learn.long(sys::NFTNL_EXPR_DYNSET_TIMEOUT, *timeout),
                 }
             }
             Expression::Random { to, modulus } => Building::new("numgen")

@@ -9,6 +9,8 @@ use crate::netlink::attr::{self, Attributes, aligned};
 const LIST_ELEMENT: u16 = 1;
 const KEY: u16 = 1;
 const DATA: u16 = 2;
+const TIMEOUT: u16 = 4;
+const EXPIRATION: u16 = 5;
 const KEY_END: u16 = 10;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
@@ -31,7 +33,18 @@ pub struct Element<'a> {
     pub key: &'a [u8],
     /// The last key of a range.
     pub key_end: Option<&'a [u8]>,
+    /// How long it lives, and how much of that is left.
+    pub lifetime: Option<Lifetime>,
     data: Option<Attributes<'a>>,
+}
+
+/// How long an element lives that ends by itself, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lifetime {
+    /// In all.
+    pub timeout: u64,
+    /// From now on.
+    pub left: u64,
 }
 
 impl<'a> Element<'a> {
@@ -41,6 +54,10 @@ impl<'a> Element<'a> {
         Some(Self {
             key: value(KEY)?.value,
             key_end: value(KEY_END).map(|end| end.value),
+            lifetime: attributes.get(TIMEOUT).map(|timeout| Lifetime {
+                timeout: timeout.u64_be(),
+                left: attributes.get(EXPIRATION).map_or(0, |left| left.u64_be()),
+            }),
             data: attributes.get(DATA).map(|data| data.nested()),
         })
     }
@@ -96,6 +113,16 @@ pub fn put_mapping(out: &mut Vec<u8>, key: &[u8], data: &[u8]) {
     put_boxed(out, DATA, data);
 }
 
+/// Appends an element of a map to bytes that ends by itself.
+pub fn put_passing(out: &mut Vec<u8>, key: &[u8], data: &[u8], lifetime: Lifetime) {
+    let times = 2 * (attr::HEADER + 8);
+    attr::put_nest(out, LIST_ELEMENT, boxed(key.len()) + boxed(data.len()) + times);
+    put_boxed(out, KEY, key);
+    put_boxed(out, DATA, data);
+    attr::put(out, TIMEOUT, &lifetime.timeout.to_be_bytes());
+    attr::put(out, EXPIRATION, &lifetime.left.to_be_bytes());
+}
+
 /// Appends an element of a map to verdicts: the verdict's code, and the chain that it names.
 pub fn put_verdict(out: &mut Vec<u8>, key: &[u8], code: i32, chain: Option<&str>) {
     let chain_length = chain.map_or(0, |name| attr::HEADER + aligned(name.len() + 1));
@@ -133,6 +160,12 @@ mod tests {
         put_mapping(&mut out, &[1; 16], &[2; 8]);
         assert_eq!(only(&out).key, [1; 16]);
         assert_eq!(only(&out).value(), Some(Value::Bytes(vec![2; 8])));
+
+        out.clear();
+        let lifetime = Lifetime { timeout: 60_000, left: 59_000 };
+        put_passing(&mut out, &[1; 16], &[2; 4], lifetime);
+        assert_eq!(only(&out).value(), Some(Value::Bytes(vec![2; 4])));
+        assert_eq!(only(&out).lifetime, Some(lifetime));
 
         out.clear();
         put_range(&mut out, &[1; 4], &[9; 4]);

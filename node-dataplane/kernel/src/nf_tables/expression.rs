@@ -69,6 +69,26 @@ pub enum Expression {
         /// Goes on where the set does *not* have the key.
         invert: bool,
     },
+    /// Loads a constant.
+    Immediate {
+        /// Register to load.
+        to: u32,
+        /// What to load.
+        data: Vec<u8>,
+    },
+    /// Changes an element of a map on the way: what packets teach the rules.
+    Learn {
+        /// Name of the map.
+        map: String,
+        /// What happens to the element.
+        op: LearnOp,
+        /// First register of the key.
+        key: u32,
+        /// First register of the data.
+        data: u32,
+        /// How long the element lives, in milliseconds; 0 = as the map says.
+        timeout: u64,
+    },
     /// Ends with a verdict.
     Verdict(Verdict),
     /// Loads a random number below `modulus`.
@@ -131,6 +151,16 @@ pub enum CmpOp {
     Eq = 0,
     /// Not equal.
     Neq = 1,
+}
+
+/// What a packet does to an element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum LearnOp {
+    /// Adds it, or lets it live longer where it is there; then its data stays.
+    Update = 1,
+    /// Deletes it where it is there.
+    Delete = 2,
 }
 
 /// Where a packet goes from a rule.
@@ -241,6 +271,19 @@ impl Expression {
             "immediate" if number(1)? == 0 => {
                 Expression::Verdict(Verdict::decode(&data.get(2)?.nested().get(2)?.nested())?)
             }
+            "immediate" => Expression::Immediate { to: number(1)?, data: value(2)? },
+            // Neither expressions per element (7) nor an inverted match (9).
+            "dynset" if data.get(7).is_none() && number(9).unwrap_or(0) == 0 => Expression::Learn {
+                map: data.get(1)?.text().to_owned(),
+                op: match number(3)? {
+                    1 => LearnOp::Update,
+                    2 => LearnOp::Delete,
+                    _ => return None,
+                },
+                key: number(4)?,
+                data: number(5)?,
+                timeout: data.get(6).map_or(0, |timeout| timeout.u64_be()),
+            },
             "numgen" if number(3)? == 1 && number(4).unwrap_or(0) == 0 => {
                 Expression::Random { to: number(1)?, modulus: number(2)? }
             }
@@ -284,6 +327,15 @@ mod tests {
             Expression::Verdict(Verdict::Drop),
             Expression::Verdict(Verdict::Return),
             Expression::Verdict(Verdict::Goto("svc.c10".to_owned())),
+            Expression::Immediate { to: 1, data: vec![0; 4] },
+            Expression::Learn {
+                map: "m".to_owned(),
+                op: LearnOp::Update,
+                key: 1,
+                data: 2,
+                timeout: 86_400_000,
+            },
+            Expression::Learn { map: "m".to_owned(), op: LearnOp::Delete, key: 1, data: 18, timeout: 0 },
             Expression::Random { to: 11, modulus: 10 },
             Expression::FibAddressType { to: 1, flags: 2 },
             Expression::Dnat { family: 2, address: 1, port: 9 },
