@@ -16,6 +16,7 @@ pub mod explain;
 pub mod plan;
 pub mod select;
 mod service;
+pub mod stale;
 #[cfg(test)]
 mod tests;
 mod view;
