@@ -7,7 +7,8 @@
 //! │ tick every 200 ms    │                   │    │                              apply, verify │
 //! │ signals              │<──Outbox: Acks────┤    └──────────changes──> Cache (own thread)     │
 //! │ health, metrics HTTP │<──Status──────────┤                                               │
-//! └──────────────────────┘                   └───────────────────────────────────────────────┘
+//! └──────────────────────┘                   └───────────────────┬───────────────────────────┘
+//!                          thread `conntrack`: stale UDP flows <─┘ after each commit
 //! ```
 //!
 //! One thread makes every decision, in order: take in what is there, merge it, program once,
@@ -20,6 +21,8 @@
 
 pub mod cleanup;
 pub mod config;
+pub mod conntrack;
+pub mod follow_up;
 pub mod http;
 pub mod metrics;
 pub mod mode;

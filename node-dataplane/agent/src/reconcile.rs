@@ -10,6 +10,7 @@
 //! before the first complete state, from the stream or from the disk.
 
 mod failures;
+mod follow;
 mod pace;
 mod pass;
 #[cfg(test)]
@@ -28,6 +29,7 @@ use lockstep_view::{Backend, View, ViewConfig};
 use lockstep_wire::v1;
 use tokio::sync::mpsc;
 
+use crate::follow_up::FollowUp;
 use crate::metrics::{Changes, Metrics};
 use crate::status::Status;
 use failures::Failures;
@@ -74,6 +76,8 @@ pub struct Parts {
     pub identity: Identity,
     /// How the view decides.
     pub view_config: ViewConfig,
+    /// What follows every pass.
+    pub follow_ups: Vec<Box<dyn FollowUp>>,
     /// For the HTTP servers.
     pub status: Arc<Status>,
     /// For the HTTP servers.
@@ -91,6 +95,7 @@ pub struct Reconciler {
     outbox: Option<Outbox>,
     pending: Pending,
     failures: Failures,
+    follow_ups: Vec<Box<dyn FollowUp>>,
     pace: Pace,
     report: Report,
     /// An Ack could not be sent: it is tried again.
@@ -176,6 +181,7 @@ impl Reconciler {
             outbox: None,
             pending,
             failures: Failures::default(),
+            follow_ups: parts.follow_ups,
             pace: Pace::new(now.monotonic),
             report: Report::default(),
             ack_due: false,
@@ -345,6 +351,10 @@ impl Reconciler {
         if let Some(why) = self.session.tick(now) {
             tracing::warn!(why, "giving the connection up");
             self.lost();
+        }
+        if self.heed_complaints(now) {
+            self.mirror();
+            self.ack_due = true;
         }
         let due = self.failures.due(now.monotonic);
         if !due.is_empty() {

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use crate::config::{Config, EXIT_CONFIG, EXIT_FAILED, EXIT_NOT_BUILT, EXIT_UNUSABLE, Mode, RunArguments};
+use crate::conntrack::{self, Cutter};
 use crate::http;
 use crate::metrics::Metrics;
 use crate::mode;
@@ -71,6 +72,8 @@ fn run(config: &Config) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error).context("--state-dir"),
     };
+    // The iptables backend looks at one of them.
+    config.conntrack.apply();
     let backend = match mode::choose(config.mode, config.iptables_flavour) {
         Ok(backend) => backend,
         Err(error) => {
@@ -91,7 +94,9 @@ async fn serve(
     let description = backend.describe();
     let status = Arc::new(Status::default());
     let stopping = Arc::new(AtomicBool::new(false));
-    let (metrics, registry) = Metrics::new(&description.families);
+    let (metrics, mut registry) = Metrics::new(&description.families);
+    let sweep = conntrack::kernel(conntrack::Metrics::new(&mut registry));
+    let cutter = Cutter::start(sweep).context("thread that cuts stale UDP flows")?;
     let (events, queue) = mpsc::channel(EVENTS);
 
     spawn_signals(events.clone(), stopping.clone())?;
@@ -108,6 +113,7 @@ async fn serve(
         restored,
         identity: identity(config, &description),
         view_config: mode::view_config(config, &description),
+        follow_ups: vec![Box::new(cutter)],
         status,
         metrics,
         stopping,

@@ -55,12 +55,20 @@ pub struct Kernel {
     seq: u32,
     /// The kernel takes a filter, as far as is known.
     filters: bool,
+    passed_over: usize,
 }
 
 impl Kernel {
     /// Opens a socket; it lives as long as this.
     pub fn open() -> Result<Self, netlink::Error> {
-        Ok(Self { socket: Socket::open(libc::NETLINK_NETFILTER)?, seq: 0, filters: true })
+        let socket = Socket::open(libc::NETLINK_NETFILTER)?;
+        Ok(Self { socket, seq: 0, filters: true, passed_over: 0 })
+    }
+
+    /// Answers to the last listing that were not about what was asked for: 0 where the kernel
+    /// filters.
+    pub fn passed_over(&self) -> usize {
+        self.passed_over
     }
 
     fn dump(
@@ -72,16 +80,16 @@ impl Kernel {
         self.seq = self.seq.wrapping_add(1);
         let mut request = Vec::new();
         message::put_dump(&mut request, v6, self.filters.then_some(protocol), self.seq);
-        let seq = self.seq;
-        self.socket.dump("conntrack dump", &request, &mut |answer| {
-            // What an earlier, broken-off dump left in the queue is not part of this one.
-            if answer.seq == seq
-                && let Some(flow) = message::read_flow(&answer)
-                && flow.protocol == protocol
-            {
-                each(&flow);
+        let (seq, mut passed_over) = (self.seq, 0);
+        let dumped = self.socket.dump("conntrack dump", &request, &mut |answer| {
+            match message::read_flow(&answer) {
+                // What an earlier, broken-off dump left in the queue is not part of this one.
+                Some(flow) if answer.seq == seq && flow.protocol == protocol => each(&flow),
+                _ => passed_over += 1,
             }
-        })
+        });
+        self.passed_over = passed_over;
+        dumped
     }
 }
 

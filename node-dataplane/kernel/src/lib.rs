@@ -10,6 +10,7 @@
 #![allow(unsafe_code)] // the one crate that may; every block says why it is sound
 
 pub mod conntrack;
+pub mod cpus;
 mod errno;
 pub mod exec;
 pub mod memory;
