@@ -8,7 +8,8 @@
 //! │ signals              │<──Outbox: Acks────┤    └──────────changes──> Cache (own thread)     │
 //! │ health, metrics HTTP │<──Status──────────┤                                               │
 //! └──────────────────────┘                   └───────────────────┬───────────────────────────┘
-//!                          thread `conntrack`: stale UDP flows <─┘ after each commit
+//!                          thread `conntrack`: stale UDP flows <─┤ after each commit
+//!   health-check node ports, answered by tokio: counts <──────────┘
 //! ```
 //!
 //! One thread makes every decision, in order: take in what is there, merge it, program once,
@@ -23,6 +24,7 @@ pub mod cleanup;
 pub mod config;
 pub mod conntrack;
 pub mod follow_up;
+pub mod health_ports;
 pub mod http;
 pub mod metrics;
 pub mod mode;

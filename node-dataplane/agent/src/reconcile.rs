@@ -25,7 +25,7 @@ use lockstep_client::session::{Committed, Identity, Now, Session, Step};
 use lockstep_client::transport::{self, Outbox};
 use lockstep_client::{Position, Report};
 use lockstep_model::ServiceKey;
-use lockstep_view::{Backend, View, ViewConfig};
+use lockstep_view::{Backend, View, ViewConfig, load_balancers_may_use};
 use lockstep_wire::v1;
 use tokio::sync::mpsc;
 
@@ -173,6 +173,7 @@ impl Reconciler {
         let session = Session::new(parts.identity, held.map(|(held, _)| held));
         let mut view = View::new(parts.view_config);
         view.set_node(session.node().clone());
+        parts.status.update(|status| status.eligible = load_balancers_may_use(session.node()));
         Self {
             backend: parts.backend,
             session,
@@ -308,6 +309,16 @@ impl Reconciler {
             self.warn_of_no_node();
         }
         self.view.set_node(node.clone());
+        let eligible = load_balancers_may_use(node);
+        if self.status.snapshot().eligible != eligible {
+            let being_removed = node.being_removed;
+            tracing::info!(
+                eligible,
+                being_removed,
+                "what /healthz tells load balancers of this node changes"
+            );
+            self.status.update(|status| status.eligible = eligible);
+        }
         if self.session.position().is_some() {
             self.pending.wait(now);
         }

@@ -14,12 +14,14 @@ use lockstep_model::{Family, Feature};
 use lockstep_view::Backend;
 use lockstep_view::backend::Description;
 use lockstep_wire::v1;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use crate::config::{Config, EXIT_CONFIG, EXIT_FAILED, EXIT_NOT_BUILT, EXIT_UNUSABLE, Mode, RunArguments};
 use crate::conntrack::{self, Cutter};
+use crate::health_ports::HealthPorts;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::mode;
@@ -98,9 +100,14 @@ async fn serve(
     let sweep = conntrack::kernel(conntrack::Metrics::new(&mut registry));
     let cutter = Cutter::start(sweep).context("thread that cuts stale UDP flows")?;
     let (events, queue) = mpsc::channel(EVENTS);
+    let health_ports = HealthPorts::new(Handle::current(), status.clone(), description.families.clone());
 
     spawn_signals(events.clone(), stopping.clone())?;
-    tokio::spawn(http::serve("health", config.healthz, http::health_routes(status.clone())));
+    tokio::spawn(http::serve(
+        "health",
+        config.healthz,
+        http::health_routes(status.clone(), &description.families),
+    ));
     let routes = http::metrics_routes(registry, metrics.clone(), status.clone());
     tokio::spawn(http::serve("metrics", config.metrics, routes));
     tokio::spawn(ticks(events.clone()));
@@ -113,7 +120,7 @@ async fn serve(
         restored,
         identity: identity(config, &description),
         view_config: mode::view_config(config, &description),
-        follow_ups: vec![Box::new(cutter)],
+        follow_ups: vec![Box::new(cutter), Box::new(health_ports)],
         status,
         metrics,
         stopping,

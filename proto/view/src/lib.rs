@@ -22,6 +22,6 @@ mod tests;
 mod view;
 
 pub use backend::Backend;
-pub use config::{Facts, NodePortAddresses, ViewConfig};
+pub use config::{Facts, NodePortAddresses, ViewConfig, load_balancers_may_use};
 pub use plan::*;
 pub use view::{Changed, View};
