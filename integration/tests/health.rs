@@ -161,9 +161,11 @@ fn a_health_check_port_that_is_taken_is_a_failure_of_that_service_alone_until_it
     let outcome = probe(&product.lab, Place::Pod(1, 2), Transport::Tcp, "10.96.0.20:80".parse()?)?;
     ensure!(matches!(outcome, Outcome::Answered { by: Place::Pod(1, 1), .. }), "{outcome}");
     weighs(&product, 1, CHECK, 4)?;
-    let response = product.list_nodes()?;
-    let head = response.head.unwrap_or_default().seq;
-    ensure!(response.nodes.iter().all(|node| node.verified_seq == head), "a node is held up");
+    wait_until("no node is held up", PATIENCE, || {
+        let response = product.list_nodes()?;
+        let head = response.head.unwrap_or_default().seq;
+        Ok(response.nodes.iter().all(|node| node.verified_seq == head).then_some(()))
+    })?;
     drop(taken);
     product.wait_verified(1)?;
     weighs(&product, 1, OTHER_CHECK, 2)?;

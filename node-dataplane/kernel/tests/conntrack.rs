@@ -1,4 +1,5 @@
 //! Connection tracking of the kernel, in a namespace of its own. Needs root.
+#![allow(clippy::unwrap_used)] // what a test needs it states with unwrap
 
 use std::net::UdpSocket;
 use std::process::Command;

@@ -119,8 +119,11 @@ fn a_sweep_cuts_stale_udp_flows_of_both_families_and_nothing_else() {
     }
 }
 
+/// Services of a sweep, and how many endpoints serve each.
+type About = Vec<(ServiceKey, usize)>;
+
 /// A cutter whose sweeps wait for leave, and say what they are about.
-fn guided() -> (Cutter, mpsc::Receiver<Vec<(ServiceKey, usize)>>, mpsc::Sender<Result<(), Errno>>) {
+fn guided() -> (Cutter, mpsc::Receiver<About>, mpsc::Sender<Result<(), Errno>>) {
     let (say, said) = mpsc::channel();
     let (leave, leaves) = mpsc::channel::<Result<(), Errno>>();
     let cutter = Cutter::start(Box::new(move |work| {

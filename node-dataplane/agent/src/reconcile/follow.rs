@@ -6,13 +6,14 @@ use lockstep_model::ServiceKey;
 use super::Reconciler;
 
 impl Reconciler {
-    /// The plan is in force for these Services (`None` = all), but for those that fail.
-    pub(super) fn follow_up(&mut self, changed: Option<&[ServiceKey]>, now: Now) {
+    /// The plan is in force for these Services (`None` = all), but for those that fail. True where
+    /// the next Ack has something new to say by it.
+    pub(super) fn follow_up(&mut self, changed: Option<&[ServiceKey]>, now: Now) -> bool {
         let Self { follow_ups, view, failures, .. } = self;
         for follow_up in follow_ups {
             follow_up.committed(view.plan(), changed, &|key| failures.has(key));
         }
-        self.heed_complaints(now);
+        self.heed_complaints(now)
     }
 
     /// Takes news of what follows passes in. True where there are any.

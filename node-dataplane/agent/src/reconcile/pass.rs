@@ -130,6 +130,7 @@ impl Reconciler {
             self.metrics.objects_changed.inc_by(applied.objects_changed as u64);
             let tried = |key: &_| changed.is_none_or(|changed| changed.binary_search(key).is_ok());
             self.failures.passed(applied.failures, tried, now);
+            // Said by the Ack below.
             self.follow_up(changed, now);
         }
         self.accepted();
@@ -236,8 +237,7 @@ impl Reconciler {
         let now = Now::read();
         self.pace.compared(now.monotonic - started, now.monotonic);
         let objects = applied.objects_changed;
-        let news = self.failures.passed(applied.failures, |_| true, now);
-        self.follow_up(None, now);
+        let news = self.failures.passed(applied.failures, |_| true, now) | self.follow_up(None, now);
         self.recheck_at = None;
         self.accepted();
         self.status.update(|status| status.programmed = Some(now.wall));
