@@ -127,6 +127,8 @@ impl Programs {
                 "127.0.0.1:7002",
                 "--metrics",
                 "127.0.0.1:7003",
+                "--conntrack-max-per-core",
+                "0",
                 "--insecure",
             ],
             &directory.join("node.log"),

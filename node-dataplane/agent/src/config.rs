@@ -13,6 +13,8 @@ use lockstep_client::transport::{ConfigError, Files, Security, Servers};
 use lockstep_view::NodePortAddresses;
 use tracing_subscriber::EnvFilter;
 
+use crate::conntrack::settings::Settings;
+
 /// The configuration cannot be used.
 pub const EXIT_CONFIG: u8 = 2;
 /// This node or its kernel cannot do what is asked: no mode works, another agent uses the state
@@ -115,6 +117,9 @@ pub struct RunArguments {
     /// Where /metrics and /proxyMode are served.
     #[arg(long, env = "LOCKSTEP_METRICS", default_value = "127.0.0.1:10249", value_name = "ADDR:PORT")]
     pub metrics: SocketAddr,
+    /// Settings of connection tracking.
+    #[command(flatten)]
+    pub conntrack: Settings,
     /// Allows plaintext connections to the control plane.
     #[arg(long, env = "LOCKSTEP_INSECURE", value_parser = BoolishValueParser::new())]
     pub insecure: bool,
@@ -191,6 +196,8 @@ pub struct Config {
     pub healthz: SocketAddr,
     /// Metrics server.
     pub metrics: SocketAddr,
+    /// Settings of connection tracking.
+    pub conntrack: Settings,
 }
 
 impl RunArguments {
@@ -221,6 +228,7 @@ impl RunArguments {
             state_dir,
             healthz: self.healthz,
             metrics: self.metrics,
+            conntrack: self.conntrack.clone(),
         })
     }
 

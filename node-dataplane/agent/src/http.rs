@@ -1,5 +1,6 @@
 //! Health and metrics, served the way kube-proxy does.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use lockstep_model::Family;
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use tokio::net::TcpListener;
@@ -23,57 +25,91 @@ const BIND_RETRY: Duration = Duration::from_secs(5);
 const JSON: [(HeaderName, &str); 2] =
     [(header::CONTENT_TYPE, "application/json"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
 
-/// What `/healthz` and `/livez` answer.
+/// What `/healthz` and `/livez` answer: kube-proxy's document, and what is ours.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Health {
-    /// Now where healthy, else when the kernel was last in sync.
-    last_updated: String,
+    #[serde(flatten)]
+    overall: Freshness,
     current_time: String,
-    healthy: bool,
+    /// Load balancers may use this node; `/healthz` only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+    /// By family. They are programmed in one pass, so they agree.
+    status: BTreeMap<&'static str, Freshness>,
     /// The state comes from the disk and no control plane has confirmed it.
     stale: bool,
     /// A control plane is connected. Not part of being healthy.
     connected: bool,
-    /// The cluster has no Node object of this agent's name. Not part of being healthy either.
+    /// The cluster has no Node object of this agent's name.
     node_unknown: bool,
     mode: &'static str,
 }
 
-/// Health: 200 from the first programming on, 503 before it and while work is stuck.
-pub fn health_routes(status: Arc<Status>) -> Router {
-    async fn answer(State(status): State<Arc<Status>>) -> Response {
-        let (healthy, body) = health(&status.snapshot(), Instant::now(), SystemTime::now());
-        let code = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        (code, JSON, body).into_response()
-    }
-    Router::new().route("/healthz", get(answer)).route("/livez", get(live)).with_state(status)
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Freshness {
+    /// Now where healthy, else when the kernel was last in sync.
+    last_updated: String,
+    healthy: bool,
 }
 
-/// Alive means that the loop gets on, also before anything was programmed: a restart does not
-/// help against a control plane that cannot be reached.
-async fn live(State(status): State<Arc<Status>>) -> Response {
-    let snapshot = status.snapshot();
-    let now = Instant::now();
-    let (_, body) = health(&snapshot, now, SystemTime::now());
-    let code = if snapshot.stuck(now) { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
-    (code, JSON, body).into_response()
+/// Which question is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Probe {
+    /// May load balancers send here? 200 from the first programming on, 503 before it, while
+    /// work is stuck, and while the node is on its way out.
+    Healthz,
+    /// Would a restart help? 503 while work is stuck. Not before the first programming: a
+    /// restart does not help against a control plane that cannot be reached.
+    Livez,
 }
 
-fn health(snapshot: &Snapshot, now: Instant, wall: SystemTime) -> (bool, String) {
+/// Health of an agent that programs `families`.
+pub fn health_routes(status: Arc<Status>, families: &[Family]) -> Router {
+    let families: Arc<[Family]> = families.into();
+    let answer = move |probe: Probe| {
+        let (status, families) = (status.clone(), families.clone());
+        get(move || async move {
+            let (good, body) =
+                health(probe, &status.snapshot(), &families, Instant::now(), SystemTime::now());
+            let code = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            (code, JSON, body).into_response()
+        })
+    };
+    Router::new().route("/healthz", answer(Probe::Healthz)).route("/livez", answer(Probe::Livez))
+}
+
+fn health(
+    probe: Probe,
+    snapshot: &Snapshot,
+    families: &[Family],
+    now: Instant,
+    wall: SystemTime,
+) -> (bool, String) {
     let healthy = snapshot.healthy(now);
+    let good = match probe {
+        Probe::Healthz => healthy && snapshot.eligible,
+        Probe::Livez => !snapshot.stuck(now),
+    };
     let updated = if healthy { Some(wall) } else { snapshot.programmed };
+    let overall = Freshness { last_updated: updated.map(timestamp).unwrap_or_default(), healthy };
+    let word = |family: &Family| match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    };
     let health = Health {
-        last_updated: updated.map(timestamp).unwrap_or_default(),
         current_time: timestamp(wall),
-        healthy,
+        node_eligible: (probe == Probe::Healthz).then_some(snapshot.eligible),
+        status: families.iter().map(|family| (word(family), overall.clone())).collect(),
+        overall,
         stale: snapshot.stale,
         connected: snapshot.connected,
         node_unknown: snapshot.node_unknown,
         mode: snapshot.mode,
     };
     // Numbers, texts and flags always serialise.
-    (healthy, serde_json::to_string(&health).unwrap_or_default())
+    (good, serde_json::to_string(&health).unwrap_or_default())
 }
 
 /// `2026-11-21 04:00:00.000 +0000 UTC`, the form of kube-proxy's timestamps.
@@ -171,19 +207,46 @@ mod tests {
         assert_eq!(at(4_107_542_400, 0), "2100-03-01 00:00:00.000 +0000 UTC");
     }
 
+    fn wall() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_233_600)
+    }
+
+    fn programmed() -> Snapshot {
+        Snapshot { programmed: Some(wall()), eligible: true, mode: "nftables", ..Snapshot::default() }
+    }
+
     #[test]
     fn the_health_document_says_what_kube_proxy_says_and_more() {
-        let now = Instant::now();
-        let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_233_600);
-        let (healthy, body) = health(&Snapshot::default(), now, wall);
-        assert!(!healthy && body.contains(r#""healthy":false"#) && body.contains(r#""lastUpdated":"""#));
-        let programmed =
-            Snapshot { programmed: Some(wall), stale: true, mode: "nftables", ..Snapshot::default() };
-        let (healthy, body) = health(&programmed, now, wall);
-        assert!(healthy, "losing the control plane does not flip it");
-        assert_eq!(
-            body,
-            r#"{"lastUpdated":"2026-11-21 04:00:00.000 +0000 UTC","currentTime":"2026-11-21 04:00:00.000 +0000 UTC","healthy":true,"stale":true,"connected":false,"nodeUnknown":false,"mode":"nftables"}"#
+        let (now, both) = (Instant::now(), Family::ALL);
+        let (good, body) = health(Probe::Healthz, &Snapshot::default(), &both, now, wall());
+        assert!(!good && body.contains(r#""healthy":false"#) && body.contains(r#""lastUpdated":"""#));
+        let stale = Snapshot { stale: true, ..programmed() };
+        let (good, body) = health(Probe::Healthz, &stale, &both, now, wall());
+        assert!(good, "losing the control plane does not flip it");
+        let of = r#""lastUpdated":"2026-11-21 04:00:00.000 +0000 UTC","healthy":true"#;
+        let expected = format!(
+            r#"{{{of},"currentTime":"2026-11-21 04:00:00.000 +0000 UTC","nodeEligible":true,"status":{{"IPv4":{{{of}}},"IPv6":{{{of}}}}},"stale":true,"connected":false,"nodeUnknown":false,"mode":"nftables"}}"#
         );
+        assert_eq!(body, expected);
+        let (_, body) = health(Probe::Livez, &stale, &[Family::V4], now, wall());
+        assert!(!body.contains("nodeEligible") && !body.contains("IPv6"), "{body}");
+    }
+
+    #[test]
+    fn a_node_on_its_way_out_is_alive_and_not_for_load_balancers() {
+        let now = Instant::now();
+        let leaving = Snapshot { eligible: false, ..programmed() };
+        let (good, body) = health(Probe::Healthz, &leaving, &[Family::V4], now, wall());
+        assert!(
+            !good && body.contains(r#""nodeEligible":false"#) && body.contains(r#""healthy":true"#),
+            "{body}"
+        );
+        assert!(health(Probe::Livez, &leaving, &[Family::V4], now, wall()).0);
+        let stuck = Snapshot { pending_since: Some(now), ..programmed() };
+        let later = now + crate::status::STUCK + Duration::from_millis(1);
+        for probe in [Probe::Healthz, Probe::Livez] {
+            assert!(health(probe, &stuck, &[Family::V4], now, wall()).0);
+            assert!(!health(probe, &stuck, &[Family::V4], later, wall()).0);
+        }
     }
 }

@@ -7,7 +7,9 @@
 //! │ tick every 200 ms    │                   │    │                              apply, verify │
 //! │ signals              │<──Outbox: Acks────┤    └──────────changes──> Cache (own thread)     │
 //! │ health, metrics HTTP │<──Status──────────┤                                               │
-//! └──────────────────────┘                   └───────────────────────────────────────────────┘
+//! └──────────────────────┘                   └───────────────────┬───────────────────────────┘
+//!                          thread `conntrack`: stale UDP flows <─┤ after each commit
+//!   health-check node ports, answered by tokio: counts <──────────┘
 //! ```
 //!
 //! One thread makes every decision, in order: take in what is there, merge it, program once, hand
@@ -20,6 +22,9 @@
 
 pub mod cleanup;
 pub mod config;
+pub mod conntrack;
+pub mod follow_up;
+pub mod health_ports;
 pub mod http;
 pub mod metrics;
 pub mod mode;

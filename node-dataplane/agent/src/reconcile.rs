@@ -16,6 +16,7 @@
 //! before the first complete state, from the stream or from the disk.
 
 mod failures;
+mod follow;
 mod pace;
 mod pass;
 #[cfg(test)]
@@ -31,10 +32,11 @@ use lockstep_client::session::{Committed, Identity, Now, Session, Step};
 use lockstep_client::transport::{self, Outbox};
 use lockstep_client::{Position, Report};
 use lockstep_model::ServiceKey;
-use lockstep_view::{Backend, View, ViewConfig};
+use lockstep_view::{Backend, View, ViewConfig, load_balancers_may_use};
 use lockstep_wire::v1;
 use tokio::sync::mpsc;
 
+use crate::follow_up::FollowUp;
 use crate::metrics::{Changes, Metrics};
 use crate::mode::Interface;
 use crate::status::Status;
@@ -93,6 +95,8 @@ pub struct Parts {
     pub identity: Identity,
     /// How the view decides.
     pub view_config: ViewConfig,
+    /// What follows every pass.
+    pub follow_ups: Vec<Box<dyn FollowUp>>,
     /// For the HTTP servers.
     pub status: Arc<Status>,
     /// For the HTTP servers.
@@ -113,6 +117,7 @@ pub struct Reconciler {
     outbox: Option<Outbox>,
     pending: Pending,
     failures: Failures,
+    follow_ups: Vec<Box<dyn FollowUp>>,
     pace: Pace,
     report: Report,
     /// An Ack could not be sent: it is tried again.
@@ -211,6 +216,7 @@ impl Reconciler {
         if let Some(addresses) = parts.new_addresses.as_mut().and_then(|new| new()) {
             view.set_interface_addresses(addresses);
         }
+        parts.status.update(|status| status.eligible = load_balancers_may_use(session.node()));
         Self {
             backend: parts.backend,
             remove_others: parts.remove_others,
@@ -221,6 +227,7 @@ impl Reconciler {
             outbox: None,
             pending,
             failures: Failures::default(),
+            follow_ups: parts.follow_ups,
             pace: Pace::new(now.monotonic),
             report: Report::default(),
             ack_due: false,
@@ -357,6 +364,16 @@ impl Reconciler {
             self.warn_of_no_node();
         }
         self.view.set_node(node.clone());
+        let eligible = load_balancers_may_use(node);
+        if self.status.snapshot().eligible != eligible {
+            let being_removed = node.being_removed;
+            tracing::info!(
+                eligible,
+                being_removed,
+                "what /healthz tells load balancers of this node changes"
+            );
+            self.status.update(|status| status.eligible = eligible);
+        }
         if self.session.position().is_some() {
             self.pending.wait(now);
         }
@@ -406,6 +423,10 @@ impl Reconciler {
             if self.session.position().is_some() {
                 self.pending.wait(now);
             }
+        }
+        if self.heed_complaints(now) {
+            self.mirror();
+            self.ack_due = true;
         }
         let due = self.failures.due(now.monotonic);
         if !due.is_empty() {

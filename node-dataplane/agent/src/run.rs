@@ -15,11 +15,14 @@ use lockstep_model::{Family, Feature};
 use lockstep_view::backend::Description;
 use lockstep_view::{NodePortAddresses, ViewConfig};
 use lockstep_wire::v1;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use crate::config::{Config, EXIT_CONFIG, EXIT_FAILED, EXIT_NOT_BUILT, EXIT_UNUSABLE, Mode, RunArguments};
+use crate::conntrack::{self, Cutter};
+use crate::health_ports::HealthPorts;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::mode::{self, Chosen};
@@ -72,6 +75,8 @@ fn run(config: &Config) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error).context("--state-dir"),
     };
+    // The iptables backend looks at one of them.
+    config.conntrack.apply();
     let chosen = match mode::choose(config.mode, config.iptables_flavour) {
         Ok(chosen) => chosen,
         Err(error) => {
@@ -93,11 +98,18 @@ async fn serve(
     let description = backend.describe();
     let status = Arc::new(Status::default());
     let stopping = Arc::new(AtomicBool::new(false));
-    let (metrics, registry) = Metrics::new(&description.families);
+    let (metrics, mut registry) = Metrics::new(&description.families);
+    let sweep = conntrack::kernel(conntrack::Metrics::new(&mut registry));
+    let cutter = Cutter::start(sweep).context("thread that cuts stale UDP flows")?;
     let (events, queue) = mpsc::channel(EVENTS);
+    let health_ports = HealthPorts::new(Handle::current(), status.clone(), description.families.clone());
 
     spawn_signals(events.clone(), stopping.clone())?;
-    tokio::spawn(http::serve("health", config.healthz, http::health_routes(status.clone())));
+    tokio::spawn(http::serve(
+        "health",
+        config.healthz,
+        http::health_routes(status.clone(), &description.families),
+    ));
     let routes = http::metrics_routes(registry, metrics.clone(), status.clone());
     tokio::spawn(http::serve("metrics", config.metrics, routes));
     tokio::spawn(ticks(events.clone()));
@@ -113,6 +125,7 @@ async fn serve(
         restored,
         identity: identity(config, &description),
         view_config,
+        follow_ups: vec![Box::new(cutter), Box::new(health_ports)],
         status,
         metrics,
         stopping,

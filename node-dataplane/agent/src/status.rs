@@ -27,6 +27,8 @@ pub struct Snapshot {
     pub connected: bool,
     /// The control plane says that the cluster has no Node object of this name.
     pub node_unknown: bool,
+    /// Load balancers may send new connections to this node.
+    pub eligible: bool,
     /// Transactions in force, in the control plane's count.
     pub applied_seq: u64,
     /// Of these, read back.

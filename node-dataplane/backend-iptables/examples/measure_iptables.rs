@@ -238,6 +238,7 @@ fn service(index: u32, endpoints: u32, generation: u32) -> ServicePlan {
         cluster,
         local: Vec::new(),
         hairpin: Vec::new(),
+        serving: Vec::new(),
         frontends: vec![frontend],
         affinity_seconds: None,
     };

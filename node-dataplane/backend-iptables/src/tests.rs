@@ -51,6 +51,7 @@ fn port_plan(family: Family, cluster: &[&str], local: &[&str], frontends: Vec<Fr
         cluster: cluster.iter().map(|address| target(address)).collect(),
         local: local.iter().map(|address| target(address)).collect(),
         hairpin: Vec::new(),
+        serving: Vec::new(),
         frontends,
         affinity_seconds: None,
     }

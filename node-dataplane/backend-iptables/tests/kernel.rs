@@ -128,6 +128,7 @@ fn service(name: &str, index: u16, endpoints: u8) -> ServicePlan {
                 cluster: (1..=endpoints).map(target).collect(),
                 local: Vec::new(),
                 hairpin: Vec::new(),
+                serving: Vec::new(),
                 frontends: vec![
                     frontend(Surface::ClusterIp(ip(&vip)), 80, actions),
                     frontend(Surface::NodePort, 30000 + index, [outside; 3]),

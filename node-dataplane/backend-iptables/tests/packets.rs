@@ -129,6 +129,7 @@ fn plan() -> ForwardingPlan {
                 port: port(80),
                 name: protocol.name().into(),
                 hairpin: cluster.clone(),
+                serving: Vec::new(),
                 cluster,
                 local: Vec::new(),
                 frontends,

@@ -44,6 +44,7 @@ fn service(n: u32, endpoints: u32, variant: u32) -> Arc<ServicePlan> {
         cluster,
         local: Vec::new(),
         hairpin: Vec::new(),
+        serving: Vec::new(),
         frontends: vec![frontend],
         affinity_seconds: None,
     };

@@ -3,12 +3,15 @@
 //! ```text
 //! backend-nftables ──> nf_tables: Batch, dumps ──> netlink: one long-lived socket
 //!                             └── fake: the same kernel, in memory
+//! agent ─────────────> conntrack: flows listed and ended ──> netlink
 //! ```
 //!
 //! It knows messages, attributes and errnos. It knows no Service, no plan and no policy.
 #![allow(unsafe_code)] // the one crate that may; every block says why it is sound
 
 pub mod addresses;
+pub mod conntrack;
+pub mod cpus;
 mod errno;
 pub mod exec;
 pub mod memory;
@@ -16,6 +19,7 @@ pub mod netlink;
 pub mod netns;
 pub mod nf_tables;
 mod release;
+pub mod route;
 pub mod sysctl;
 pub mod xtables;
 

@@ -103,6 +103,15 @@ pub struct Refusal {
     pub message: Option<String>,
 }
 
+/// How a dump ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dumped {
+    /// Everything was seen.
+    Whole,
+    /// The objects changed meanwhile; what was seen is not one state.
+    Interrupted,
+}
+
 /// A netlink socket of one protocol, in the network namespace of the thread that opened it.
 #[derive(Debug)]
 pub struct Socket {
@@ -200,6 +209,34 @@ impl Socket {
             }
         };
         Ok(Some(Messages { rest: &self.buffer[..length] }))
+    }
+
+    /// Sends one dump request and hands on the answers. `what` names it in errors.
+    pub fn dump(
+        &mut self,
+        what: &str,
+        request: &[u8],
+        each: &mut dyn FnMut(Message<'_>),
+    ) -> Result<Dumped, Error> {
+        self.send(request)?;
+        let mut dumped = Dumped::Whole;
+        loop {
+            let Some(messages) = self.receive(true)? else { continue };
+            for message in messages {
+                if i32::from(message.flags) & libc::NLM_F_DUMP_INTR != 0 {
+                    dumped = Dumped::Interrupted;
+                }
+                match message.refusal() {
+                    None => each(message),
+                    Some(end) if end.errno.0 == 0 => return Ok(dumped),
+                    Some(end) if end.errno.0 == libc::EINTR => return Ok(Dumped::Interrupted),
+                    Some(end) => {
+                        let request = what.to_owned();
+                        return Err(Error::Refused { request, message: end.message, errno: end.errno });
+                    }
+                }
+            }
+        }
     }
 
     /// Joins or leaves a multicast group.

@@ -26,6 +26,7 @@ pub use query::{
 };
 pub use socket::Kernel;
 
+pub use crate::netlink::Dumped;
 use crate::netlink::{self, Message, Refusal};
 
 /// Address family of a table.
@@ -178,15 +179,6 @@ fn first(refusals: &[Refusal]) -> String {
         Some(Refusal { errno, .. }) => errno.to_string(),
         None => "too many errors to report".to_owned(),
     }
-}
-
-/// How a dump ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dumped {
-    /// Everything was seen.
-    Whole,
-    /// The objects changed meanwhile; what was seen is not one state.
-    Interrupted,
 }
 
 /// nf_tables of one network namespace, at the level of messages.

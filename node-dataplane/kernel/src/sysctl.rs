@@ -48,6 +48,20 @@ pub fn ensure(key: &str, value: &str) -> Result<Ensured, SysctlError> {
     ensure_at(Path::new(ROOT).join(key), key, value)
 }
 
+/// Raises a number under `/sys/module`, which is never lowered: `nf_conntrack`, `hashsize`.
+pub fn raise_module_parameter(module: &str, parameter: &str, at_least: u64) -> Result<Ensured, SysctlError> {
+    let key = format!("module/{module}/parameters/{parameter}");
+    raise_at(Path::new("/sys").join(&key), &key, at_least)
+}
+
+fn raise_at(path: PathBuf, key: &str, at_least: u64) -> Result<Ensured, SysctlError> {
+    let now = read_at(&path, key)?.and_then(|value| value.parse::<u64>().ok());
+    if now.is_some_and(|now| now >= at_least) {
+        return Ok(Ensured::Kept);
+    }
+    ensure_at(path, key, &at_least.to_string())
+}
+
 fn read_at(path: &Path, key: &str) -> Result<Option<String>, SysctlError> {
     match std::fs::read_to_string(path) {
         Ok(value) => Ok(Some(value.trim().to_owned())),
@@ -88,6 +102,17 @@ mod tests {
         let error = ensure_at(path.clone(), "a/b", "1").unwrap_err();
         assert!(error.to_string().starts_with("sysctl a/b: write 1: "), "{error}");
         assert_eq!(read_at(&path, "a/b").unwrap(), None);
+    }
+
+    #[test]
+    fn a_number_is_raised_and_never_lowered() {
+        let path = std::env::temp_dir().join(format!("lockstep-raised-{}", std::process::id()));
+        std::fs::write(&path, "100\n").unwrap();
+        let raise = |value| raise_at(path.clone(), "a/b", value).unwrap();
+        assert_eq!(raise(99), Ensured::Kept);
+        assert_eq!(raise(101), Ensured::Written { before: "100".to_owned() });
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "101");
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

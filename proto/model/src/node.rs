@@ -18,6 +18,9 @@ pub struct NodeContext {
     pub addresses: Vec<IpAddr>,
     /// `spec.podCIDRs`, in spec order.
     pub pod_cidrs: Vec<IpNet>,
+    /// The node is on its way out: `metadata.deletionTimestamp` is set, or it has the taint
+    /// `ToBeDeletedByClusterAutoscaler`.
+    pub being_removed: bool,
 }
 
 impl NodeContext {
@@ -30,6 +33,7 @@ impl NodeContext {
             region: None,
             addresses: Vec::new(),
             pod_cidrs: Vec::new(),
+            being_removed: false,
         }
     }
 }

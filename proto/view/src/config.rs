@@ -132,6 +132,12 @@ impl Facts {
     }
 }
 
+/// True where load balancers may send new connections to this node: the cluster has it, and it
+/// is not on its way out. What the node programs does not depend on it.
+pub fn load_balancers_may_use(node: &NodeContext) -> bool {
+    node.uid.is_some() && !node.being_removed
+}
+
 fn primary(node: &NodeContext, family: Family) -> Option<IpAddr> {
     node.addresses.iter().copied().find(|ip| Family::of(*ip) == family)
 }

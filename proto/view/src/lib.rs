@@ -16,11 +16,12 @@ pub mod explain;
 pub mod plan;
 pub mod select;
 mod service;
+pub mod stale;
 #[cfg(test)]
 mod tests;
 mod view;
 
 pub use backend::Backend;
-pub use config::{Facts, NodePortAddresses, ViewConfig};
+pub use config::{Facts, NodePortAddresses, ViewConfig, load_balancers_may_use};
 pub use plan::*;
 pub use view::{Changed, View};

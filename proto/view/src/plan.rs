@@ -83,6 +83,10 @@ pub struct PortPlan {
     /// Targets among `cluster` and `local` that run on this node, sorted: only they can meet
     /// themselves (hairpin), and their packets must then be masqueraded.
     pub hairpin: Vec<Target>,
+    /// UDP only: every endpoint anywhere that serves, sorted. A flow that is established may go
+    /// on to any of these, whatever policy or topology say about new ones, see
+    /// [`stale`](crate::stale). No backend programs it.
+    pub serving: Vec<Target>,
     /// Addresses that lead here, sorted.
     pub frontends: Vec<Frontend>,
     /// Session affinity by client IP: seconds an idle client keeps its endpoint.

@@ -151,6 +151,13 @@ impl<'a> Candidates<'a> {
         }
     }
 
+    /// All that serve, ready or shutting down, on any node: where a flow that is established
+    /// may stay. Policies and topology are about new ones.
+    pub fn serving(&self) -> Vec<Target> {
+        let serves = |it: &&Candidate<'_>| it.endpoint.conditions.ready || it.endpoint.conditions.serving;
+        self.list.iter().filter(serves).map(|it| it.target).collect()
+    }
+
     /// Those of the pools in use that run on this node.
     pub fn hairpin(&self, facts: &Facts, cluster: bool, local: &[Target]) -> Vec<Target> {
         let met = |it: &&Candidate<'_>| {

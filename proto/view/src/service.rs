@@ -99,6 +99,7 @@ fn port_plan(
     let uses_cluster = inside && internal.uses(Pool::Cluster) || outside && external.uses(Pool::Cluster);
     let cluster = if uses_cluster { candidates.cluster(facts) } else { Vec::new() };
     let hairpin = candidates.hairpin(facts, uses_cluster, &local);
+    let serving = if port.protocol == Protocol::Udp { candidates.serving() } else { Vec::new() };
     let mut frontends = Vec::with_capacity(places.len());
     frontends.extend(places.iter().map(|(surface, number)| match surface {
         Surface::ClusterIp(_) => frontend(*surface, *number, internal, None),
@@ -115,6 +116,7 @@ fn port_plan(
         cluster,
         local,
         hairpin,
+        serving,
         frontends,
         affinity_seconds: service.client_ip_affinity_seconds,
     }

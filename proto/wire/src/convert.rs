@@ -90,6 +90,7 @@ pub fn node_context_from_wire(message: &v1::NodeContext) -> Result<NodeContext, 
         region: optional(&message.region),
         addresses: Vec::with_capacity(message.addresses.len()),
         pod_cidrs: Vec::with_capacity(message.pod_cidrs.len()),
+        being_removed: message.being_removed,
     };
     for (index, text) in message.addresses.iter().enumerate() {
         let address = parse_address(text).map_err(|reason| fault("addresses", index, text, reason))?;

@@ -335,6 +335,7 @@ pub(super) struct NodeDetail {
     pub(super) region: String,
     pub(super) addresses: Vec<String>,
     pub(super) pod_cidrs: Vec<String>,
+    pub(super) being_removed: bool,
 }
 
 impl From<v1::GetNodeResponse> for NodeDetail {
@@ -348,6 +349,7 @@ impl From<v1::GetNodeResponse> for NodeDetail {
             region: context.region,
             addresses: context.addresses,
             pod_cidrs: context.pod_cidrs,
+            being_removed: context.being_removed,
         }
     }
 }

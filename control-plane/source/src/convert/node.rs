@@ -9,6 +9,8 @@ use serde::Deserialize;
 use super::field::{self, Use, at};
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// The taint of a node that the cluster autoscaler is about to remove.
+const REMOVAL_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 const REGION_LABEL: &str = "topology.kubernetes.io/region";
 
 /// The part of a Kubernetes Node that is read. The whole object is kept busy by the kubelet
@@ -36,6 +38,17 @@ pub struct NodeSpec {
     /// `podCIDRs`.
     #[serde(rename = "podCIDRs", default)]
     pub pod_cidrs: Option<Vec<String>>,
+    /// `taints`.
+    #[serde(default)]
+    pub taints: Option<Vec<Taint>>,
+}
+
+/// One entry of `spec.taints`; its effect is the scheduler's business.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Taint {
+    /// `key`.
+    #[serde(default)]
+    pub key: String,
 }
 
 /// The part of a Node's `status` that is read.
@@ -111,7 +124,11 @@ pub fn node(object: &Node, names: &mut Interner) -> Result<NodeContext, InvalidF
         }
     }
     let uid = object.metadata.uid.as_deref().filter(|uid| !uid.is_empty());
-    Ok(NodeContext { name, uid: uid.map(Into::into), zone, region, addresses, pod_cidrs: pod_cidrs(object)? })
+    let mut taints = object.spec.taints.iter().flatten();
+    let being_removed =
+        object.metadata.deletion_timestamp.is_some() || taints.any(|taint| taint.key == REMOVAL_TAINT);
+    let (uid, pod_cidrs) = (uid.map(Into::into), pod_cidrs(object)?);
+    Ok(NodeContext { name, uid, zone, region, addresses, pod_cidrs, being_removed })
 }
 
 fn pod_cidrs(object: &Node) -> Result<Vec<ipnet::IpNet>, InvalidField> {

@@ -9,6 +9,8 @@ use lockstep_model::{Key, ServiceKey, State};
 use lockstep_view::backend::{FailureKind, ServiceFailure};
 use lockstep_view::{Conflict, ForwardingPlan, Surface};
 
+use crate::follow_up::{Complaint, ComplaintKind};
+
 /// The first retry of a Service comes after this long, each further one after twice as long.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(300);
@@ -22,6 +24,8 @@ pub(super) struct Failures {
     backend: BTreeMap<ServiceKey, Entry<ServiceFailure>>,
     /// As the plan tells them: parts that another Service has.
     conflicts: BTreeMap<ServiceKey, Entry<Vec<Conflict>>>,
+    /// As each of those tells them that follow passes: parts that are not rules.
+    complaints: Vec<BTreeMap<ServiceKey, Entry<Complaint>>>,
 }
 
 #[derive(Debug)]
@@ -35,7 +39,36 @@ struct Entry<T> {
 
 impl Failures {
     pub(super) fn len(&self) -> usize {
-        self.backend.len() + self.conflicts.len()
+        let complaints = self.complaints.iter().map(BTreeMap::len);
+        self.backend.len() + self.conflicts.len() + complaints.sum::<usize>()
+    }
+
+    /// True where the backend does not have the Service in force as planned.
+    pub(super) fn has(&self, service: &ServiceKey) -> bool {
+        self.backend.contains_key(service)
+    }
+
+    /// Takes over the complete list of the `of`th that follows passes. True where the list is
+    /// another than before.
+    pub(super) fn complained(&mut self, of: usize, complaints: Vec<Complaint>, now: Now) -> bool {
+        if self.complaints.len() <= of {
+            self.complaints.resize_with(of + 1, BTreeMap::new);
+        }
+        let mut before = std::mem::take(&mut self.complaints[of]);
+        let mut news = 0_usize;
+        for what in complaints {
+            let known = before.remove(&what.service);
+            if known.as_ref().is_none_or(|known| known.what != what) && count(&mut news) {
+                tracing::warn!(service = %what.service, cause = what.message, "a part of a Service is not as it should be");
+            }
+            let (since, attempts) = known.map_or((now, 1), |known| (known.since, known.attempts + 1));
+            let key = what.service.clone();
+            self.complaints[of].insert(key, Entry { what, since, attempts, retry_at: None });
+        }
+        if news > LOGGED {
+            tracing::warn!(failed = news, "more Services than the log names; every ack does");
+        }
+        news + before.len() > 0
     }
 
     /// Takes over the complete list that a pass returned. `tried` tells which Services the pass
@@ -141,7 +174,23 @@ impl Failures {
                 first_seen: entry.since.wall,
             }
         });
-        backend.chain(conflicts).collect()
+        let complaints = self.complaints.iter().flatten().map(|(service, entry)| {
+            let key = Key::Service(service.clone());
+            Failure {
+                version: version(&key),
+                key: Some(key),
+                in_force: InForce::Part,
+                reason: match entry.what.kind {
+                    ComplaintKind::Conflict => FailureReason::Conflict,
+                    ComplaintKind::Kernel => FailureReason::Kernel,
+                },
+                message: entry.what.message.clone(),
+                retrying: true,
+                attempts: entry.attempts,
+                first_seen: entry.since.wall,
+            }
+        });
+        backend.chain(conflicts).chain(complaints).collect()
     }
 }
 

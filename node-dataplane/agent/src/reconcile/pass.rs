@@ -75,7 +75,7 @@ impl Reconciler {
             }
             Ok(applied) => {
                 self.metrics.changes(Changes::default(), Changes::default());
-                self.programmed(position, applied, stats, |key| full || changed.binary_search(key).is_ok());
+                self.programmed(position, applied, stats, (!full).then_some(&changed[..]));
                 let took = done.saturating_duration_since(started);
                 let wall = now.wall + done.saturating_duration_since(now.monotonic);
                 self.metrics.programmed(took, full, pending.trigger, wall);
@@ -124,13 +124,17 @@ impl Reconciler {
         position: Position,
         applied: Option<Applied>,
         mut stats: Stats,
-        tried: impl Fn(&ServiceKey) -> bool,
+        changed: Option<&[ServiceKey]>,
     ) {
         let untouched = applied.is_none();
+        let now = Now::read();
         if let Some(applied) = applied {
             stats.kernel_objects_changed = u32::try_from(applied.objects_changed).unwrap_or(u32::MAX);
             self.metrics.objects_changed.inc_by(applied.objects_changed as u64);
-            self.failures.passed(applied.failures, tried, Now::read());
+            let tried = |key: &_| changed.is_none_or(|changed| changed.binary_search(key).is_ok());
+            self.failures.passed(applied.failures, tried, now);
+            // Said by the Ack below.
+            self.follow_up(changed, now);
         }
         self.accepted();
         if stats.full_sync {
@@ -295,7 +299,7 @@ impl Reconciler {
         let now = Now::read();
         self.pace.compared(now.monotonic - started, now.monotonic);
         let objects = applied.objects_changed;
-        let news = self.failures.passed(applied.failures, |_| true, now);
+        let news = self.failures.passed(applied.failures, |_| true, now) | self.follow_up(None, now);
         self.recheck_at = None;
         self.accepted();
         self.status.update(|status| status.programmed = Some(now.wall));

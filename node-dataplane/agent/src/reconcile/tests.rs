@@ -52,6 +52,7 @@ fn parts(kernel: &Kernel, status: &Arc<Status>, cache: Option<Cache>, restored: 
             kernel_adopted: false,
         },
         view_config: ViewConfig::new("node-a"),
+        follow_ups: Vec::new(),
         status: status.clone(),
         metrics,
         stopping: Arc::new(AtomicBool::new(false)),

@@ -235,6 +235,7 @@ impl Agent {
                 cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
                 ..ViewConfig::new(NODE)
             },
+            follow_ups: Vec::new(),
             status: status.clone(),
             metrics: metrics.clone(),
             stopping: stopping.clone(),

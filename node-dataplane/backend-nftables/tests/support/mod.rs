@@ -74,6 +74,7 @@ pub(crate) fn port_plan(
         cluster,
         local: Vec::new(),
         hairpin: Vec::new(),
+        serving: Vec::new(),
         frontends,
         affinity_seconds: None,
     };

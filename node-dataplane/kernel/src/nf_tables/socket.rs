@@ -46,25 +46,7 @@ impl Netfilter for Kernel {
     }
 
     fn dump(&mut self, request: &[u8], each: &mut dyn FnMut(Message<'_>)) -> Result<Dumped, Error> {
-        self.socket.send(request)?;
-        let mut dumped = Dumped::Whole;
-        loop {
-            let Some(messages) = self.socket.receive(true)? else { continue };
-            for message in messages {
-                if i32::from(message.flags) & libc::NLM_F_DUMP_INTR != 0 {
-                    dumped = Dumped::Interrupted;
-                }
-                match message.refusal() {
-                    None => each(message),
-                    Some(end) if end.errno.0 == 0 => return Ok(dumped),
-                    Some(end) if end.errno.0 == libc::EINTR => return Ok(Dumped::Interrupted),
-                    Some(end) => {
-                        let request = "dump".to_owned();
-                        return Err(Error::Refused { request, message: end.message, errno: end.errno });
-                    }
-                }
-            }
-        }
+        self.socket.dump("dump", request, each)
     }
 
     fn ask(&mut self, requests: &[u8], count: usize, each: &mut dyn FnMut(Message<'_>)) -> Result<(), Error> {

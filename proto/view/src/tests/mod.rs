@@ -5,3 +5,4 @@ mod decide;
 mod oracle;
 mod properties;
 mod rules;
+mod stale;

@@ -228,6 +228,11 @@ impl<'a> Oracle<'a> {
         }
         let both: BTreeSet<Target> = cluster.iter().chain(&local).copied().collect();
         let hairpin = both.into_iter().filter(|target| here(all[target])).collect();
+        let serves = |it: &Endpoint| it.conditions.ready || it.conditions.serving;
+        let mut serving: Vec<Target> = Vec::new();
+        if protocol == Protocol::Udp {
+            serving.extend(all.iter().filter(|(_, it)| serves(it)).map(|(target, _)| *target));
+        }
         PortPlan {
             family,
             protocol,
@@ -236,6 +241,7 @@ impl<'a> Oracle<'a> {
             cluster,
             local,
             hairpin,
+            serving,
             frontends,
             affinity_seconds: service.client_ip_affinity_seconds,
         }

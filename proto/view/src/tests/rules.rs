@@ -6,7 +6,7 @@ use super::cluster::*;
 use crate::explain::{Exclusion, explain};
 use crate::{
     Action, HealthCheck, NodePortAddresses, NodePortScope, Pool, PortPlan, ServicePlan, Surface, Target,
-    ViewConfig,
+    ViewConfig, load_balancers_may_use,
 };
 
 /// `address:port` of a pool.
@@ -373,4 +373,18 @@ fn the_short_circuit_needs_the_cluster_pool_without_a_local_endpoint() {
     assert_eq!(external.from_elsewhere, Action::Drop);
     assert_eq!(external.from_pod, Action::Forward { pool: Pool::Cluster, masquerade: false });
     assert_eq!(only_port(&plan).cluster.len(), 1);
+}
+
+#[test]
+fn load_balancers_leave_a_node_alone_that_nobody_knows_or_that_is_on_its_way_out() {
+    let known = node();
+    assert!(load_balancers_may_use(&known));
+    assert!(!load_balancers_may_use(&lockstep_model::NodeContext { being_removed: true, ..known.clone() }));
+    assert!(!load_balancers_may_use(&lockstep_model::NodeContext::unknown("n1")));
+    // It changes nothing of what is programmed.
+    let mut cluster = Cluster::new(config());
+    let web = service("a/web", &["172.30.0.1"]);
+    cluster.put(web.clone());
+    cluster.view.set_node(lockstep_model::NodeContext { being_removed: true, ..known });
+    assert!(cluster.view.update(&cluster.state, &[]).is_empty());
 }

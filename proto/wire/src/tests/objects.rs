@@ -180,13 +180,14 @@ pub(super) fn endpoint_set() -> impl Strategy<Value = EndpointSet> {
 }
 
 pub(super) fn node_context() -> impl Strategy<Value = NodeContext> {
-    let facts = (name(), option::of(zone()), option::of(zone()), vec(address(), 0..4), vec(cidr(), 0..3));
+    let lists = (vec(address(), 0..4), vec(cidr(), 0..3));
+    let facts = (name(), option::of(zone()), option::of(zone()), lists, any::<bool>());
     (name(), option::of(facts)).prop_map(|(name, facts)| match facts {
         None => NodeContext::unknown(name),
-        Some((uid, zone, region, mut addresses, pod_cidrs)) => {
+        Some((uid, zone, region, (mut addresses, pod_cidrs), being_removed)) => {
             let mut seen = HashSet::new();
             addresses.retain(|address| seen.insert(*address));
-            NodeContext { name, uid: Some(uid), zone, region, addresses, pod_cidrs }
+            NodeContext { name, uid: Some(uid), zone, region, addresses, pod_cidrs, being_removed }
         }
     })
 }

@@ -206,6 +206,7 @@ pub(super) fn node(it: &NodeDetail) -> String {
         ("Addresses", it.addresses.join(", ")),
         ("Pod CIDRs", it.pod_cidrs.join(", ")),
         ("Zone", it.zone.clone()),
+        ("Being removed", if it.being_removed { "yes" } else { "no" }.into()),
     ]);
     if !node.failures.is_empty() {
         let mut table = Table::new(&["KIND", "RESOURCE", "REASON", "IN FORCE", "TRIED", "SINCE", "MESSAGE"]);

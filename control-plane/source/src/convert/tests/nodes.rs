@@ -29,6 +29,20 @@ fn nodes() {
 }
 
 #[test]
+fn nodes_that_are_being_removed() {
+    let removed = |spec: &serde_json::Value| node_with(spec).unwrap().being_removed;
+    assert!(!removed(&json!({})));
+    assert!(!removed(
+        &json!({"spec": {"taints": [{"key": "dedicated", "value": "x", "effect": "NoSchedule"}]}})
+    ));
+    assert!(removed(&json!({"spec": {"taints": [
+        {"key": "dedicated", "effect": "NoExecute"},
+        {"key": "ToBeDeletedByClusterAutoscaler", "value": "1795233600", "effect": "NoSchedule"}]}})));
+    assert!(removed(&json!({"metadata": {"deletionTimestamp": "2026-11-21T04:00:00Z"}})));
+    assert!(!removed(&json!({"spec": {"taints": null}})));
+}
+
+#[test]
 fn faults_of_nodes() {
     let address = |text: &str| json!({"status": {"addresses": [{"type": "Hostname", "address": "x"}, {"type": "InternalIP", "address": text}]}});
     faults(

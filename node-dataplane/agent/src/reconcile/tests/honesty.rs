@@ -1,8 +1,13 @@
 //! What an Ack may say while something is wrong, and that one thing wrong does not hold up the rest.
 
+use std::sync::{Arc, Mutex};
+
+use lockstep_model::ServiceKey;
+use lockstep_view::ForwardingPlan;
 use lockstep_wire::v1;
 
 use super::{Bench, frame, key};
+use crate::follow_up::{Complaint, ComplaintKind, FollowUp};
 
 #[test]
 fn a_repair_that_does_not_read_back_is_not_verified_and_holds_nobody_up() {
@@ -140,4 +145,80 @@ fn rules_of_another_mode_that_stay_are_not_verified_and_are_tried_again() {
     let ack = bench.last_ack();
     assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
     assert_eq!(bench.kernel.lock().others, 0);
+}
+
+/// Something that follows passes: what it was told, and what it will say.
+#[derive(Clone, Default)]
+struct Follower(Arc<Mutex<Told>>);
+
+#[derive(Default)]
+struct Told {
+    passes: Vec<Option<Vec<ServiceKey>>>,
+    failed: Vec<ServiceKey>,
+    complaints: Option<Vec<Complaint>>,
+}
+
+impl FollowUp for Follower {
+    fn committed(
+        &mut self,
+        plan: &ForwardingPlan,
+        changed: Option<&[ServiceKey]>,
+        failed: &dyn Fn(&ServiceKey) -> bool,
+    ) {
+        let mut told = self.0.lock().unwrap();
+        told.passes.push(changed.map(<[_]>::to_vec));
+        told.failed = plan.services.keys().filter(|key| failed(key)).cloned().collect();
+    }
+
+    fn complaints(&mut self) -> Option<Vec<Complaint>> {
+        self.0.lock().unwrap().complaints.take()
+    }
+}
+
+#[test]
+fn what_follows_a_pass_hears_of_it_after_the_commit_and_is_heard_in_every_ack() {
+    let mut bench = Bench::new();
+    let follower = Follower::default();
+    bench.reconciler.follow_ups.push(Box::new(follower.clone()));
+    bench.server.service(1, 1);
+    bench.server.service(2, 1);
+    bench.kernel.lock().refuse.insert(key(2));
+    bench.connect();
+    {
+        let told = follower.0.lock().unwrap();
+        assert_eq!((&told.passes[..], &told.failed[..]), (&[None][..], &[key(2)][..]));
+    }
+    bench.kernel.lock().refuse.clear();
+    bench.tick(5_000);
+    assert_eq!(follower.0.lock().unwrap().passes[1], Some(vec![key(2)]));
+    assert!(follower.0.lock().unwrap().failed.is_empty());
+    assert_eq!(bench.last_ack().outcome(), v1::Outcome::Verified);
+    // A pass that the kernel refuses is none.
+    bench.kernel.lock().fail_next = 1;
+    bench.server.endpoints(1, &[1, 2]);
+    bench.update();
+    assert_eq!(follower.0.lock().unwrap().passes.len(), 2);
+    bench.tick(10_000);
+    assert_eq!(follower.0.lock().unwrap().passes[2], None);
+    bench.acks();
+
+    let complaint =
+        Complaint { service: key(1), kind: ComplaintKind::Conflict, message: "port 9 is taken".to_owned() };
+    follower.0.lock().unwrap().complaints = Some(vec![complaint]);
+    bench.tick(11_000);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Partial, bench.server.seq));
+    let failure = &ack.failures[0];
+    assert_eq!(failure.r#ref.as_ref().unwrap().key, "shop/cart-1");
+    assert_eq!((failure.reason(), failure.in_force()), (v1::FailureReason::Conflict, v1::InForce::Part));
+    assert!(failure.retrying && failure.message == "port 9 is taken");
+    assert_eq!(bench.status.snapshot().failures, 1);
+    // Every other Service goes on, and it stays in every ack until it is over.
+    bench.server.endpoints(2, &[1, 2]);
+    bench.update();
+    bench.tick(12_000);
+    assert_eq!(bench.last_ack().failures.len(), 1);
+    follower.0.lock().unwrap().complaints = Some(Vec::new());
+    bench.tick(13_000);
+    assert_eq!(bench.last_ack().outcome(), v1::Outcome::Verified);
 }

@@ -1,0 +1,127 @@
+//! Which UDP flows are cut, rule by rule.
+
+use std::net::SocketAddr;
+
+use lockstep_model::{EndpointPort, Protocol, Service, TrafficPolicy};
+
+use super::cluster::*;
+use crate::stale::{Fate, Flow, UdpFrontends, concerns};
+use crate::{NodePortScope, Target};
+
+const ALL_FRONTENDS: [&str; 3] = ["172.30.0.10:53", "203.0.113.1:53", "198.51.100.1:53"];
+
+fn target(text: &str) -> Target {
+    let at: SocketAddr = text.parse().unwrap();
+    Target { address: at.ip(), port: number(at.port()) }
+}
+
+fn dns() -> Service {
+    let mut dns = service("kube/dns", &["172.30.0.10"]);
+    dns.external_ips = vec![ip("203.0.113.1")];
+    dns.load_balancer_ingress = vec![vip("198.51.100.1")];
+    dns.ports = vec![port("udp", Protocol::Udp, 53), port("tcp", Protocol::Tcp, 53)];
+    dns.ports[0].node_port = Some(number(30053));
+    dns
+}
+
+fn with(service: &Service, endpoints: Vec<lockstep_model::Endpoint>) -> Cluster {
+    let mut cluster = Cluster::new(config());
+    let mut set = slice(service, "s1", endpoints);
+    set.ports = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)]
+        .map(|(name, protocol)| EndpointPort { name: name.into(), protocol, port: number(5353) })
+        .into();
+    cluster.put(service.clone());
+    cluster.put(set);
+    cluster
+}
+
+/// What becomes of a flow from somewhere to `to` that `by` answers.
+fn fate(cluster: &mut Cluster, service: &Service, to: &str, by: &str) -> Fate {
+    let plan = cluster.plan(service);
+    let node = cluster.view.plan().node.clone();
+    let flow = Flow { destination: target(to), answers: target(by) };
+    UdpFrontends::of(&node, [&*plan]).fate(&flow)
+}
+
+#[test]
+fn a_flow_to_an_endpoint_that_serves_stays_and_any_other_is_cut() {
+    let dns = dns();
+    let mut cluster = with(
+        &dns,
+        vec![
+            endpoint("10.1.0.1", "n1", READY),
+            endpoint("10.1.0.2", "n2", DRAINING),
+            endpoint("10.1.0.3", "n2", DEAD),
+        ],
+    );
+    for frontend in ALL_FRONTENDS {
+        let mut fate = |by| fate(&mut cluster, &dns, frontend, by);
+        assert_eq!(fate("10.1.0.1:5353"), Fate::Keep, "{frontend}: ready");
+        assert_eq!(fate("10.1.0.2:5353"), Fate::Keep, "{frontend}: shutting down, serves");
+        assert_eq!(fate("10.1.0.3:5353"), Fate::Cut, "{frontend}: serves no more");
+        assert_eq!(fate("10.1.0.9:5353"), Fate::Cut, "{frontend}: not an endpoint");
+        assert_eq!(fate("10.1.0.1:5354"), Fate::Cut, "{frontend}: another port of the endpoint");
+        assert_eq!(fate(frontend), Fate::Cut, "{frontend}: began before there were rules");
+    }
+}
+
+#[test]
+fn what_is_no_udp_frontend_is_somebody_elses() {
+    let dns = dns();
+    let mut cluster = with(&dns, vec![endpoint("10.1.0.1", "n1", READY)]);
+    for destination in ["172.30.0.10:54", "172.30.0.11:53", "8.8.8.8:53", "10.1.0.9:5353"] {
+        assert_eq!(fate(&mut cluster, &dns, destination, destination), Fate::Keep, "{destination}");
+    }
+    let mut tcp = dns;
+    tcp.ports.remove(0);
+    let mut cluster = with(&tcp, vec![endpoint("10.1.0.1", "n1", READY)]);
+    let plan = cluster.plan(&tcp);
+    assert!(!concerns(&plan), "only TCP");
+    assert_eq!(fate(&mut cluster, &tcp, "172.30.0.10:53", "10.1.0.9:5353"), Fate::Keep);
+}
+
+#[test]
+fn without_an_endpoint_that_serves_nothing_is_cut() {
+    let dns = dns();
+    let mut cluster = with(&dns, vec![endpoint("10.1.0.3", "n2", DEAD)]);
+    assert!(!concerns(&cluster.plan(&dns)));
+    for destination in ["172.30.0.10:53", "10.9.9.9:30053"] {
+        assert_eq!(fate(&mut cluster, &dns, destination, "10.1.0.3:5353"), Fate::Keep);
+    }
+}
+
+#[test]
+fn policy_and_topology_have_no_say() {
+    let mut dns = dns();
+    dns.internal_traffic_policy = TrafficPolicy::Local;
+    dns.external_traffic_policy = TrafficPolicy::Local;
+    let mut cluster = with(
+        &dns,
+        vec![endpoint("10.1.0.1", "n1", READY), hinted(endpoint("10.1.0.2", "n2", READY), &["z2"], &[])],
+    );
+    assert!(cluster.plan(&dns).ports.iter().all(|port| port.local.len() == 1), "the test means nothing else");
+    for frontend in ALL_FRONTENDS {
+        assert_eq!(fate(&mut cluster, &dns, frontend, "10.1.0.2:5353"), Fate::Keep, "{frontend}");
+    }
+}
+
+#[test]
+fn a_node_port_is_one_only_at_the_addresses_of_the_node() {
+    let dns = dns();
+    let mut cluster = with(&dns, vec![endpoint("10.1.0.1", "n1", READY)]);
+    assert_eq!(cluster.view.plan().node.node_ports_v4, NodePortScope::AllLocal);
+    assert_eq!(fate(&mut cluster, &dns, "10.9.9.9:30053", "10.1.0.9:5353"), Fate::CutIfLocal);
+    assert_eq!(fate(&mut cluster, &dns, "10.9.9.9:30053", "10.9.9.9:30053"), Fate::CutIfLocal);
+    assert_eq!(fate(&mut cluster, &dns, "10.9.9.9:30053", "10.1.0.1:5353"), Fate::Keep);
+    assert_eq!(fate(&mut cluster, &dns, "127.0.0.1:30053", "127.0.0.1:30053"), Fate::Keep, "a program's own");
+    assert_eq!(fate(&mut cluster, &dns, "127.0.0.1:30053", "10.1.0.9:5353"), Fate::CutIfLocal);
+    let plan = cluster.plan(&dns);
+    let mut node = cluster.view.plan().node.clone();
+    node.node_ports_v4 = NodePortScope::Addresses(vec![ip("10.9.9.9")]);
+    let frontends = UdpFrontends::of(&node, [&*plan]);
+    let fate = |to: &str| frontends.fate(&Flow { destination: target(to), answers: target("10.1.0.9:5353") });
+    assert_eq!(fate("10.9.9.9:30053"), Fate::Cut);
+    assert_eq!(fate("10.9.9.8:30053"), Fate::Keep);
+    assert_eq!(fate("[fd00::1]:30053"), Fate::Keep, "the Service has no IPv6");
+    assert_eq!(frontends.families().collect::<Vec<_>>(), [lockstep_model::Family::V4]);
+}
