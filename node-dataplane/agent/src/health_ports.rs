@@ -21,7 +21,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lockstep_model::{Family, ServiceKey};
+use lockstep_model::{Family, Port, ServiceKey};
 use lockstep_view::{ForwardingPlan, HealthCheck, NodePlan, NodePortScope};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::runtime::Handle;
@@ -53,7 +53,7 @@ pub struct HealthPorts {
 /// The health check of one Service.
 #[derive(Debug)]
 struct Served {
-    check: HealthCheck,
+    port: Port,
     count: Arc<Count>,
     open: BTreeMap<IpAddr, Open>,
     fault: Option<Fault>,
@@ -90,23 +90,25 @@ impl HealthPorts {
         Self { runtime, status, families, services, addresses: Vec::new(), changed: false }
     }
 
-    /// Brings one Service to what the plan says.
-    fn place(&mut self, key: &ServiceKey, plan: &ForwardingPlan, now: Instant) {
-        let Some(check) = plan.services.get(key).and_then(|service| service.health_check) else {
-            // Closes its sockets.
+    /// Closes the port of a Service that has none any more, or another.
+    fn close(&mut self, key: &ServiceKey, plan: &ForwardingPlan) {
+        let wanted = health_check(plan, key).map(|check| check.port);
+        if self.services.get(key).is_some_and(|served| Some(served.port) != wanted) {
             self.changed |= self.services.remove(key).is_some_and(|served| served.fault.is_some());
-            return;
-        };
-        let known = self.services.remove(key);
-        self.changed |=
-            known.as_ref().is_some_and(|known| known.check.port != check.port && known.fault.is_some());
-        let mut served = match known {
-            Some(known) if known.check.port == check.port => Served { check, ..known },
-            _ => Served { check, count: Arc::new(Count::new(key)), open: BTreeMap::new(), fault: None },
-        };
+        }
+    }
+
+    /// Brings a Service whose port is not another's any more to what the plan says.
+    fn place(&mut self, key: &ServiceKey, plan: &ForwardingPlan, now: Instant) {
+        let Some(check) = health_check(plan, key) else { return };
+        let served = self.services.entry(key.clone()).or_insert_with(|| Served {
+            port: check.port,
+            count: Arc::new(Count::new(key)),
+            open: BTreeMap::new(),
+            fault: None,
+        });
         served.count.set(check.local_endpoints);
         served.open.retain(|address, _| self.addresses.contains(address));
-        self.services.insert(key.clone(), served);
         self.open(key, now);
     }
 
@@ -118,7 +120,7 @@ impl HealthPorts {
             if served.open.contains_key(address) {
                 continue;
             }
-            let at = SocketAddr::new(*address, served.check.port.get());
+            let at = SocketAddr::new(*address, served.port.get());
             match listen(at) {
                 Ok((socket, listener)) => {
                     let (task, closed) = oneshot::channel();
@@ -154,22 +156,22 @@ impl FollowUp for HealthPorts {
         failed: &dyn Fn(&ServiceKey) -> bool,
     ) {
         let now = Instant::now();
-        let Some(changed) = changed else {
-            self.addresses = addresses(&plan.node, &self.families);
-            let wanted = plan.services.iter().filter(|(_, service)| service.health_check.is_some());
-            let all: BTreeSet<ServiceKey> =
-                wanted.map(|(key, _)| key).chain(self.services.keys()).cloned().collect();
-            let (gone, kept): (Vec<_>, Vec<_>) =
-                all.into_iter().filter(|key| !failed(key)).partition(|key| !plan.services.contains_key(key));
-            // A port that one Service gives up may be another's.
-            gone.iter().chain(&kept).for_each(|key| self.place(key, plan, now));
-            return;
+        let concerned: Vec<ServiceKey> = match changed {
+            None => {
+                self.addresses = addresses(&plan.node, &self.families);
+                let wanted = plan.services.keys().filter(|key| health_check(plan, key).is_some());
+                let all: BTreeSet<&ServiceKey> = wanted.chain(self.services.keys()).collect();
+                all.into_iter().filter(|key| !failed(key)).cloned().collect()
+            }
+            Some(changed) => {
+                let concerned = |key: &&ServiceKey| {
+                    (self.services.contains_key(*key) || health_check(plan, key).is_some()) && !failed(key)
+                };
+                changed.iter().filter(concerned).cloned().collect()
+            }
         };
-        let concerned = |key: &&ServiceKey| {
-            let wanted = plan.services.get(*key).is_some_and(|service| service.health_check.is_some());
-            (wanted || self.services.contains_key(*key)) && !failed(key)
-        };
-        let concerned: Vec<&ServiceKey> = changed.iter().filter(concerned).collect();
+        // A port that one Service gives up may be another's.
+        concerned.iter().for_each(|key| self.close(key, plan));
         concerned.iter().for_each(|key| self.place(key, plan, now));
     }
 
@@ -194,6 +196,10 @@ impl FollowUp for HealthPorts {
 
 /// `EAFNOSUPPORT`.
 const EAFNOSUPPORT: i32 = 97;
+
+fn health_check(plan: &ForwardingPlan, key: &ServiceKey) -> Option<HealthCheck> {
+    plan.services.get(key)?.health_check
+}
 
 /// Where node ports answer. Unspecified = at every address of the family.
 fn addresses(node: &NodePlan, families: &[Family]) -> Vec<IpAddr> {

@@ -129,6 +129,13 @@ fn servers_come_move_and_go_with_their_services() {
     bench.all(&plan(&[("till", two, 5)]));
     assert!(ask(two, "GET /").unwrap().2.contains("till"));
     assert_eq!(bench.ports.complaints(), None);
+    // As are two ports that change hands, whichever Service comes first.
+    bench.some(&plan(&[("cart", one, 1), ("till", two, 5)]), &["cart"]);
+    bench.some(&plan(&[("cart", two, 1), ("till", one, 5)]), &["cart", "till"]);
+    assert!(ask(two, "GET /").unwrap().2.contains("cart") && ask(one, "GET /").unwrap().2.contains("till"));
+    assert_eq!(bench.ports.complaints(), None);
+    bench.some(&plan(&[("till", two, 5)]), &["cart", "till"]);
+    assert!(ask(one, "GET /").is_err() && ask(two, "GET /").unwrap().2.contains("till"));
     bench.some(&plan(&[]), &["till"]);
     assert!(ask(two, "GET /").is_err(), "a Service that is gone answers");
     // A Service that is not in force as planned keeps what it had.
