@@ -41,7 +41,7 @@ impl Demo {
     }
 
     fn pid(&self) -> Result<Pid> {
-        Ok(Pid::from_raw(i32::try_from(self.child.id())?).context("no process id")?)
+        Pid::from_raw(i32::try_from(self.child.id())?).context("no process id")
     }
 
     /// Namespaces, files and processes of this run: all of them have its name.
