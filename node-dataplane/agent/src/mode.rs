@@ -8,6 +8,7 @@ use lockstep_backend_iptables::{Choice, Flavour, Iptables, detect, probe};
 use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::exec::{Processes, Run};
 use lockstep_kernel::nf_tables::{self, Kernel};
+use lockstep_kernel::{Errno, netlink};
 use lockstep_view::backend::Description;
 use lockstep_view::{Backend, ViewConfig};
 
@@ -40,6 +41,7 @@ impl Interface {
     /// Removes what is ours there. Returns the number of objects that are gone.
     fn remove(self) -> anyhow::Result<usize> {
         match self {
+            Interface::Nftables if kube_proxy_tables()?.is_none() => Ok(0),
             Interface::Nftables => Ok(Nftables::open()?.cleanup()?),
             Interface::Iptables(flavour) => {
                 Ok(lockstep_backend_iptables::remove(&(Arc::new(Processes) as _), flavour)?)
@@ -167,24 +169,32 @@ fn remove_where(wanted: impl Fn(Interface) -> bool) -> Vec<(Interface, anyhow::R
 }
 
 fn warn_of_kube_proxy() {
-    let found = Kernel::open().and_then(|mut kernel| {
-        let families = [nf_tables::Family::Ipv4, nf_tables::Family::Ipv6];
-        let mut found = Vec::new();
-        for family in families {
-            if nf_tables::table_exists(&mut kernel, family, KUBE_PROXY_TABLE)? {
-                found.push(format!("{} {KUBE_PROXY_TABLE}", family.word()));
-            }
-        }
-        Ok(found)
-    });
-    match found {
-        Ok(tables) if tables.is_empty() => {}
+    match kube_proxy_tables() {
+        Ok(tables) if tables.as_ref().is_none_or(Vec::is_empty) => {}
         Ok(tables) => tracing::error!(
             ?tables,
             "a kube-proxy in nftables mode has tables on this node: it translates the same addresses, also to \
              endpoints that are gone; they are not ours and stay: stop it and run `kube-proxy --cleanup`"
         ),
-        // No nf_tables, so no such table.
         Err(error) => tracing::debug!(%error, "cannot look for the tables of a kube-proxy"),
+    }
+}
+
+/// The tables of a kube-proxy in nftables mode; `None` = this kernel has no nf_tables.
+fn kube_proxy_tables() -> Result<Option<Vec<String>>, netlink::Error> {
+    let look = || -> Result<_, netlink::Error> {
+        let mut kernel = Kernel::open()?;
+        let mut found = Vec::new();
+        for family in [nf_tables::Family::Ipv4, nf_tables::Family::Ipv6] {
+            if nf_tables::table_exists(&mut kernel, family, KUBE_PROXY_TABLE)? {
+                found.push(format!("{} {KUBE_PROXY_TABLE}", family.word()));
+            }
+        }
+        Ok(found)
+    };
+    match look() {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.errno().is_some_and(Errno::is_unsupported) => Ok(None),
+        Err(error) => Err(error),
     }
 }

@@ -340,7 +340,10 @@ impl Reconciler {
         if !self.session.confirmed() {
             return;
         }
-        self.outdated = false;
+        if std::mem::take(&mut self.outdated) && self.recheck_at.is_some() {
+            // Rules of other modes were waiting for this.
+            (self.recheck_at, self.differing) = (Some(now.monotonic), 0);
+        }
         if std::mem::take(&mut self.held_back) {
             self.pending.wait(now);
         }

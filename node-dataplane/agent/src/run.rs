@@ -142,7 +142,7 @@ fn new_addresses(view_config: &ViewConfig) -> anyhow::Result<Option<NewAddresses
         return Ok(None);
     }
     let mut addresses = Addresses::open().context("listen for changes of interface addresses")?;
-    let mut due = true;
+    let (mut due, mut known) = (true, None);
     Ok(Some(Box::new(move || {
         let news = addresses.changed().and_then(|changed| {
             due |= changed;
@@ -151,7 +151,10 @@ fn new_addresses(view_config: &ViewConfig) -> anyhow::Result<Option<NewAddresses
         match news {
             Ok(list) => {
                 due = false;
-                list
+                // A pod's link has a link-local address of its own; most news is of nothing else.
+                let list = list.filter(|list| known.as_ref() != Some(list))?;
+                known = Some(list.clone());
+                Some(list)
             }
             Err(error) => {
                 // What is in force stays, and the next turn asks again.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use lockstep_kernel::exec::Run;
+use lockstep_kernel::exec::{ExecError, Run};
 use lockstep_model::Family;
 
 use crate::fixed;
@@ -19,11 +19,28 @@ pub fn remove(run: &Arc<dyn Run>, flavour: Flavour) -> Result<usize, ToolError> 
         let tool = Tool::new(Arc::clone(run), flavour, family);
         match tool.save() {
             Ok(saved) => objects += remove_from(&tool, &saved)?,
-            // Where its tools do not work, this agent has hardly written with them.
-            Err(error) => tracing::info!(%flavour, ?family, %error, "this iptables cannot be read here"),
+            Err(error) if is_absent(&error) => {
+                tracing::info!(%flavour, ?family, %error, "this iptables is not there");
+            }
+            Err(error) => return Err(error),
         }
     }
     Ok(objects)
+}
+
+/// True where the host has no such iptables, in its tools or in its kernel: then it holds no rules
+/// of ours either. Tools that are there and fail may well be hiding some.
+fn is_absent(error: &ToolError) -> bool {
+    match error {
+        ToolError::Exec(error) => matches!(error, ExecError::NotFound { .. }),
+        ToolError::Locked { .. } => false,
+        // The kernel's errno for a subsystem that it lacks, in the C library's words.
+        ToolError::Refused { complaint, .. } => {
+            ["not supported", "Invalid argument", "do you need to insmod"]
+                .iter()
+                .any(|it| complaint.contains(it))
+        }
+    }
 }
 
 /// Returns the number of rules and chains that are gone.
@@ -59,4 +76,45 @@ fn remove_from(tool: &Tool, saved: &str) -> Result<usize, ToolError> {
         tool.restore(&Input::new(tool.flavour, standing, &[Change { owner: Owner::Everybody, ops }]).text)?;
     }
     Ok(objects)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use lockstep_kernel::exec::Output;
+
+    use super::*;
+
+    /// A tool that answers every call in this way.
+    struct Answer(fn(&str) -> Result<Output, ExecError>);
+
+    impl Run for Answer {
+        fn run(&self, program: &str, _: &[&str], _: &[u8], _: Duration) -> Result<Output, ExecError> {
+            self.0(program)
+        }
+    }
+
+    fn complaint(text: &str) -> Result<Output, ExecError> {
+        Ok(Output { status: Some(1), stdout: Vec::new(), stderr: text.into() })
+    }
+
+    fn removed(answer: fn(&str) -> Result<Output, ExecError>) -> Result<usize, String> {
+        let run: Arc<dyn Run> = Arc::new(Answer(answer));
+        remove(&run, Flavour::Nft).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_not_there_has_nothing_of_ours_and_what_fails_may_have() {
+        assert_eq!(removed(|program| Err(ExecError::NotFound { program: program.to_owned() })), Ok(0));
+        assert_eq!(
+            removed(|_| complaint("Could not fetch rule set generation id: Protocol not supported")),
+            Ok(0)
+        );
+        let late = |program: &str| {
+            Err(ExecError::TimedOut { program: program.to_owned(), limit: Duration::from_secs(1) })
+        };
+        assert!(removed(late).unwrap_err().contains("did not end within"));
+        assert!(removed(|_| complaint("Permission denied")).unwrap_err().contains("Permission denied"));
+    }
 }

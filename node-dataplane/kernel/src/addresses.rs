@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::Errno;
 use crate::netlink::attr::Attributes;
-use crate::netlink::{Error, Message, Socket};
+use crate::netlink::{Dumped, Error, Message, Socket};
 
 /// `RTNLGRP_IPV4_IFADDR` and `RTNLGRP_IPV6_IFADDR`: all changes of addresses.
 const CHANGES: [libc::c_int; 2] = [5, 9];
@@ -63,22 +63,13 @@ impl Addresses {
 
     /// False where other changes came between.
     fn dump(&mut self, found: &mut Vec<IpAddr>) -> Result<bool, Error> {
-        self.requests.send(&request())?;
-        let mut whole = true;
-        loop {
-            let Some(messages) = self.requests.receive(true)? else { continue };
-            for message in messages {
-                whole &= i32::from(message.flags) & libc::NLM_F_DUMP_INTR == 0;
-                match message.refusal() {
-                    None => found.extend(address(&message)),
-                    Some(end) if end.errno.0 == 0 => return Ok(whole),
-                    Some(end) => {
-                        let request = "list addresses".to_owned();
-                        return Err(Error::Refused { request, message: end.message, errno: end.errno });
-                    }
-                }
-            }
+        let dumped =
+            self.requests.dump("list addresses", &request(), &mut |message| found.extend(address(&message)));
+        if dumped.is_err() {
+            // What is left of this dump must not be taken for answers to the next.
+            self.requests = Socket::open(libc::NETLINK_ROUTE)?;
         }
+        Ok(dumped? == Dumped::Whole)
     }
 }
 

@@ -33,6 +33,11 @@ impl Errno {
         matches!(self.0, libc::ENOMEM | libc::ENFILE | libc::EMFILE | libc::ENOSPC | libc::ENOBUFS)
     }
 
+    /// True where the kernel does not know what was asked of it, as without the subsystem.
+    pub fn is_unsupported(self) -> bool {
+        matches!(self.0, libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT)
+    }
+
     /// True where the caller's idea of what the kernel holds is wrong.
     pub fn is_state_mismatch(self) -> bool {
         matches!(self.0, libc::ENOENT | libc::EEXIST)

@@ -86,7 +86,13 @@ pub(super) async fn follow(mut certificates: Certificates, acceptors: watch::Sen
         }
         // A disk may be slow, and streams are not to wait for it.
         let look = tokio::task::spawn_blocking(move || (certificates.look(), certificates));
-        let Ok((found, same)) = look.await else { return };
+        let (found, same) = match look.await {
+            Ok(looked) => looked,
+            Err(error) => {
+                tracing::error!(%error, "renewed certificates will not be taken up any more: restart to read them");
+                return;
+            }
+        };
         certificates = same;
         if let Some(acceptor) = found {
             acceptors.send_replace(acceptor);

@@ -152,11 +152,15 @@ impl Reconciler {
         let verified = self.report.verified.is_some() && self.report.verified == self.report.applied;
         self.report.applied = Some(position);
         self.report.stats = Some(stats);
+        self.status.update(|status| status.pending_since = None);
         if untouched && verified {
             // Nothing was written: what was read back before is what is there.
-            self.report.verified = Some(position);
+            if self.is_settled(Duration::ZERO) {
+                self.report.verified = Some(position);
+            } else {
+                self.unsettled = Some(position);
+            }
         }
-        self.status.update(|status| status.pending_since = None);
         self.mirror();
         self.acknowledge();
         if !(untouched && verified) {
@@ -203,13 +207,18 @@ impl Reconciler {
         if self.report.applied != Some(position) {
             return;
         }
-        if self.cache.as_ref().is_none_or(|cache| cache.settled(patience)) {
+        if self.is_settled(patience) {
             self.report.verified = Some(position);
             self.mirror();
             self.acknowledge();
         } else {
             self.unsettled = Some(position);
         }
+    }
+
+    /// True where the disk is not behind, or says so itself.
+    fn is_settled(&self, patience: Duration) -> bool {
+        self.cache.as_ref().is_none_or(|cache| cache.settled(patience))
     }
 
     /// Nothing counts as verified until everything has been compared again.
@@ -300,16 +309,17 @@ impl Reconciler {
         self.pace.compared(now.monotonic - started, now.monotonic);
         let objects = applied.objects_changed;
         let news = self.failures.passed(applied.failures, |_| true, now) | self.follow_up(None, now);
-        self.recheck_at = None;
         self.accepted();
         self.status.update(|status| status.programmed = Some(now.wall));
         if objects == 0 {
+            // Nobody touched what is ours. A read-back that is owed stays owed.
             if news {
                 self.mirror();
                 self.acknowledge();
             }
             return;
         }
+        self.recheck_at = None;
         (self.report.verified, self.unsettled) = (None, None);
         self.report.drift_repairs += 1;
         self.metrics.drift_repairs.inc();

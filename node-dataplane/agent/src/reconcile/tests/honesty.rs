@@ -147,6 +147,27 @@ fn rules_of_another_mode_that_stay_are_not_verified_and_are_tried_again() {
     assert_eq!(bench.kernel.lock().others, 0);
 }
 
+#[test]
+fn a_comparison_that_finds_nothing_does_not_cancel_a_read_back_that_is_owed() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.kernel.lock().others = 7;
+    bench.kernel.lock().keep_others = 4;
+    bench.connect();
+    // Each attempt is put off for twice as long as the one before.
+    (1..4).for_each(|round| bench.tick(round * 1_000));
+    // Somebody else's transaction, before the next attempt is due.
+    bench.reconciler.recheck_at = Some(bench.at(5_000).monotonic);
+    bench.kernel.lock().disturbed = true;
+    bench.tick(4_000);
+    assert_eq!(bench.kernel.lock().calls.last().unwrap(), "sync", "compared, and nothing more");
+    assert_eq!(bench.kernel.lock().others, 7);
+    bench.tick(60_000);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
+    assert_eq!(bench.kernel.lock().others, 0);
+}
+
 /// Something that follows passes: what it was told, and what it will say.
 #[derive(Clone, Default)]
 struct Follower(Arc<Mutex<Told>>);
