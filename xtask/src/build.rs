@@ -71,8 +71,17 @@ pub(crate) fn programs() -> Result<(), Failure> {
 
 /// Where cargo puts a program.
 pub(crate) fn program(name: &str) -> PathBuf {
+    target().join("debug").join(name)
+}
+
+/// The same with optimisation.
+pub(crate) fn optimised(name: &str) -> PathBuf {
+    target().join("release").join(name)
+}
+
+fn target() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    root().join(target).join("debug").join(name)
+    root().join(target)
 }
 
 /// Reads one of cargo's messages. xtask has no JSON parser, and needs none: cargo writes

@@ -111,10 +111,6 @@ fn run_demo(arguments: &[String], tools: &Path) -> Result<(), Failure> {
 fn bench(arguments: &[String]) -> Result<(), Failure> {
     setup::packages()?;
     process::run(cargo().args(["build", "--release", "--workspace", "--bins"]).current_dir(root()))?;
-    process::run(
-        cargo()
-            .args(["run", "--release", "--package", "lockstep-integration", "--bin", "lockstep-bench", "--"])
-            .args(arguments)
-            .current_dir(root()),
-    )
+    // Not by `cargo run`: of one crate alone it would make another copy of every dependency.
+    process::run(Command::new(build::optimised("lockstep-bench")).args(arguments).current_dir(root()))
 }

@@ -203,7 +203,7 @@ fn in_drift(report: &mut Report, binaries: &Path) {
 fn binaries() -> Result<PathBuf> {
     if let Some(cargo) = std::env::var_os("CARGO") {
         let built = Command::new(cargo)
-            .args(["build", "--release", "--package", "lockstep-control-plane", "--package", "lockstep-node"])
+            .args(["build", "--release", "--workspace", "--bins"])
             .status()
             .context("cargo")?;
         ensure!(built.success(), "the programs do not build");
