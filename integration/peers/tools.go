@@ -11,4 +11,5 @@ import (
 	_ "github.com/fullstorydev/grpcurl/cmd/grpcurl"
 	_ "go.etcd.io/etcd/server/v3"
 	_ "k8s.io/kubernetes/cmd/kube-apiserver"
+	_ "k8s.io/kubernetes/cmd/kube-proxy"
 )

@@ -22,7 +22,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Directory of `etcd`, `kube-apiserver` and `grpcurl`.
+/// Directory of `etcd`, `kube-apiserver`, `kube-proxy` and `grpcurl`.
 pub const PEERS_DIR: &str = "LOCKSTEP_PEERS_DIR";
 
 const TOKEN: &str = "lockstep-test-token";

@@ -7,6 +7,7 @@
 //!   └─> product: control plane and agents inside ──> scenario: manifests, probes, expectations
 //! certificates: authorities and what they issue, on disk as Kubernetes mounts a Secret
 //! apiserver: a real Kubernetes API server, for the Kubernetes source
+//!   └─> relay: the way to it from inside a lab ──> kube_proxy: the real one, on a node
 //! control_plane, follower: the control plane as a process on loopback, and nodes without a kernel
 //! ```
 //!
@@ -20,9 +21,11 @@ pub mod certificates;
 pub mod control_plane;
 pub mod fixture;
 pub mod follower;
+pub mod kube_proxy;
 pub mod lab;
 pub mod load;
 pub mod product;
+pub mod relay;
 pub mod scenario;
 pub mod simulator;
 pub mod traffic;

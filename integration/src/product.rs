@@ -412,7 +412,7 @@ impl Product {
 }
 
 impl Process {
-    fn spawn(lab: &Lab, name: &str, mut command: Command) -> Result<Self> {
+    pub(crate) fn spawn(lab: &Lab, name: &str, mut command: Command) -> Result<Self> {
         let log = lab.directory().join(format!("{name}.log"));
         // Appended: a restarted program goes on in the same log.
         let file = File::options().create(true).append(true).open(&log)?;
@@ -433,6 +433,11 @@ impl Process {
         kill_process(Pid::from_child(&self.child), Signal::TERM)
             .with_context(|| format!("{}: cannot be signalled", self.name))?;
         wait_until(&format!("{} ends", self.name), PATIENCE, || Ok(self.child.try_wait()?))
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Exit status, where it ended by itself.

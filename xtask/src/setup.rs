@@ -69,11 +69,12 @@ struct Peer {
 const PEERS: &[Peer] = &[
     Peer { name: "etcd", package: "go.etcd.io/etcd/server/v3" },
     Peer { name: "kube-apiserver", package: "k8s.io/kubernetes/cmd/kube-apiserver" },
+    Peer { name: "kube-proxy", package: "k8s.io/kubernetes/cmd/kube-proxy" },
     Peer { name: "grpcurl", package: "github.com/fullstorydev/grpcurl/cmd/grpcurl" },
 ];
 
 /// Names of all peers.
-pub(crate) const ALL_PEERS: [&str; 3] = ["etcd", "kube-apiserver", "grpcurl"];
+pub(crate) const ALL_PEERS: [&str; 4] = ["etcd", "kube-apiserver", "kube-proxy", "grpcurl"];
 
 const CARGO_DENY: &str = "0.20.2";
 

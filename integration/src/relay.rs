@@ -1,0 +1,77 @@
+//! Lets programs inside a place reach the API server, which listens on loopback outside of it.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::apiserver::ApiServer;
+use crate::lab::{Family, Lab, Place};
+
+/// Port of the relay in its place.
+const PORT: u16 = 6443;
+
+/// An open relay. Its thread ends with the process: a test has one per lab.
+#[derive(Debug)]
+pub struct Relay {
+    kubeconfig: PathBuf,
+}
+
+impl Relay {
+    /// Listens in the fabric, where every node reaches it, and carries every connection to the
+    /// API server. The bytes are TLS from end to end: nothing is looked at.
+    pub fn open(lab: &Lab, server: &ApiServer) -> Result<Self> {
+        let address = SocketAddr::new(Place::Fabric.address(Family::V4), PORT);
+        let listener = lab.inside(Place::Fabric, || TcpListener::bind(address))??;
+        let target = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), server.port());
+        thread::Builder::new().name("relay".to_owned()).spawn(move || accept(&listener, target))?;
+        let kubeconfig = lab.directory().join("kubeconfig");
+        fs::write(&kubeconfig, through(&server.kubeconfig(), address)?)?;
+        Ok(Self { kubeconfig })
+    }
+
+    /// A kubeconfig for programs in the lab.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+}
+
+/// The kubeconfig with another address; the name that the certificate has stays.
+fn through(kubeconfig: &Path, address: SocketAddr) -> Result<String> {
+    let text = fs::read_to_string(kubeconfig).with_context(|| kubeconfig.display().to_string())?;
+    let mut config: Value = serde_json::from_str(&text).with_context(|| kubeconfig.display().to_string())?;
+    let cluster = &mut config["clusters"][0]["cluster"];
+    cluster["server"] = format!("https://{address}").into();
+    cluster["tls-server-name"] = "localhost".into();
+    Ok(config.to_string())
+}
+
+fn accept(listener: &TcpListener, target: SocketAddr) {
+    for client in listener.incoming().flatten() {
+        // A server that is away refuses here, and the client sees its connection end.
+        let Ok(server) = TcpStream::connect(target) else { continue };
+        let _ = client.set_nodelay(true).and_then(|()| server.set_nodelay(true));
+        let (Ok(client_too), Ok(server_too)) = (client.try_clone(), server.try_clone()) else { continue };
+        thread::spawn(move || carry(client, server));
+        thread::spawn(move || carry(server_too, client_too));
+    }
+}
+
+/// Carries one direction to its end, then tells the other side.
+fn carry(mut from: TcpStream, mut to: TcpStream) {
+    let mut buffer = vec![0; 64 << 10];
+    let done: io::Result<()> = (|| loop {
+        let length = from.read(&mut buffer)?;
+        if length == 0 {
+            return Ok(());
+        }
+        to.write_all(&buffer[..length])?;
+    })();
+    // After a fault the other direction has nothing to say either; both may be gone by now.
+    let how = if done.is_ok() { Shutdown::Write } else { Shutdown::Both };
+    let _ = to.shutdown(how);
+}
