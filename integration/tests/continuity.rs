@@ -76,6 +76,34 @@ fn control_plane_killed_and_restarted_loses_no_connection() -> Result<()> {
 }
 
 #[test]
+fn modes_switched_while_endpoints_roll_lose_no_connection() -> Result<()> {
+    let mut product = started(&Mode::ALL)?;
+    product.change(|product| roll_to(product, 0).map(drop))?;
+    let load = Load::start(&product.lab, everything(&product), RATE);
+    let mut modes = Mode::ALL;
+    for round in 1..=ROUNDS {
+        let node = 1 + round % 3;
+        // Twice around, so that every node leaves and enters two modes.
+        let mode = &mut modes[usize::from(node) - 1];
+        let next = Mode::ALL.iter().position(|known| known == mode).unwrap_or_default() + 1;
+        *mode = Mode::ALL[next % Mode::ALL.len()];
+        product.set_mode(node, *mode);
+        // One half ends as in an upgrade, the other as in a crash.
+        if round % 2 == 0 {
+            product.agent(node)?.terminate()?;
+        } else {
+            product.agent(node)?.kill()?;
+        }
+        load.go_on(BETWEEN)?;
+        product.start_agent(node)?;
+        // Verified is when the rules of the other mode are gone.
+        product.change(|product| roll_to(product, round).map(drop))?;
+        load.go_on(BETWEEN)?;
+    }
+    judge(load).map(drop)
+}
+
+#[test]
 fn changes_to_one_service_lose_no_connection_to_it_or_to_another() -> Result<()> {
     let product = started(&Mode::ALL)?;
     product.change(|product| roll_to(product, 0).map(drop))?;
