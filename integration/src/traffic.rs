@@ -2,11 +2,11 @@
 //! what became of a connection.
 
 use std::fmt;
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::lab::{Lab, Place};
 
@@ -106,6 +106,46 @@ fn ask_udp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
     let mut buffer = [0; 128];
     let length = socket.recv(&mut buffer)?;
     Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// What a client says that wants to go on talking.
+pub const STAY: &[u8] = b"stay\n";
+
+/// A TCP connection that stays open.
+#[derive(Debug)]
+pub struct Conversation {
+    stream: BufReader<TcpStream>,
+    /// Who answered first; nobody else can, later.
+    pub with: Place,
+}
+
+impl Conversation {
+    /// Connects from `from`, and is answered once.
+    pub fn begin(lab: &Lab, from: Place, to: SocketAddr) -> Result<Self> {
+        let stream = lab.inside(from, || TcpStream::connect_timeout(&to, PATIENCE))?;
+        let stream = stream.with_context(|| format!("{from} -> {to}"))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut this = Self { stream: BufReader::new(stream), with: from };
+        this.with = this.exchange(STAY)?;
+        Ok(this)
+    }
+
+    /// Says something and is answered, by whoever is at the other end.
+    pub fn go_on(&mut self) -> Result<()> {
+        let by = self.exchange(b"?\n")?;
+        ensure!(by == self.with, "answered by {by}, after {}", self.with);
+        Ok(())
+    }
+
+    fn exchange(&mut self, words: &[u8]) -> Result<Place> {
+        self.stream.get_mut().write_all(words)?;
+        let mut line = String::new();
+        self.stream.read_line(&mut line).context("an open connection")?;
+        match read_answer(&line) {
+            Some(Outcome::Answered { by, .. }) => Ok(by),
+            _ => bail!("an open connection: answer {line:?}"),
+        }
+    }
 }
 
 /// What a server says: its name and the address it saw.

@@ -2,13 +2,18 @@
 //! each mode, clients inside and outside. Needs root.
 #![allow(clippy::print_stdout, reason = "what was measured belongs in the report")]
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use lockstep_integration::fixture::{roll_manifest, started, streams_to_roll, streams_to_web, web_pods};
-use lockstep_integration::lab::Place;
+use anyhow::{Context, Result, ensure};
+use lockstep_integration::fixture::{
+    roll, roll_manifest, started, streams_to_roll, streams_to_web, web, web_pods,
+};
+use lockstep_integration::lab::{Family, Place};
 use lockstep_integration::load::{Load, Report, Stream};
 use lockstep_integration::product::{Mode, Product};
+use lockstep_integration::traffic::Conversation;
 
 /// Connections a second, all streams together.
 const RATE: u32 = 200;
@@ -79,6 +84,8 @@ fn control_plane_killed_and_restarted_loses_no_connection() -> Result<()> {
 fn modes_switched_while_endpoints_roll_lose_no_connection() -> Result<()> {
     let mut product = started(&Mode::ALL)?;
     product.change(|product| roll_to(product, 0).map(drop))?;
+    // The endpoint of some of these will leave: who is talking to it goes on.
+    let mut open = conversations(&product)?;
     let load = Load::start(&product.lab, everything(&product), RATE);
     let mut modes = Mode::ALL;
     for round in 1..=ROUNDS {
@@ -99,8 +106,27 @@ fn modes_switched_while_endpoints_roll_lose_no_connection() -> Result<()> {
         // Verified is when the rules of the other mode are gone.
         product.change(|product| roll_to(product, round).map(drop))?;
         load.go_on(BETWEEN)?;
+        open.iter_mut().try_for_each(|(from, to, open)| {
+            open.go_on()
+                .with_context(|| format!("round {round}: {from} -> {to}, node {node} is now {mode:?}"))
+        })?;
     }
+    let talked_to: BTreeSet<Place> = open.iter().map(|(.., open)| open.with).collect();
+    println!("{} connections stayed open, with {talked_to:?}", open.len());
     judge(load).map(drop)
+}
+
+/// Open connections from everywhere a client can be, to `web` and `roll`.
+fn conversations(product: &Product) -> Result<Vec<(Place, SocketAddr, Conversation)>> {
+    let mut open = Vec::new();
+    let nodes = (1..=product.lab.nodes()).flat_map(|node| [Place::Pod(node, 1), Place::Node(node)]);
+    for from in nodes.chain([Place::Outside]) {
+        // Two each: with luck they have different endpoints.
+        for to in [web(Family::V4), web(Family::V6), roll(), roll()] {
+            open.push((from, to, Conversation::begin(&product.lab, from, to)?));
+        }
+    }
+    Ok(open)
 }
 
 #[test]

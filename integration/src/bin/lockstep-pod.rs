@@ -1,14 +1,14 @@
 //! The server in every pod of a lab: answers TCP, UDP and HTTP with its name and the source
-//! address it saw. Usage: `lockstep-pod NAME PORT...`.
+//! address it saw; a TCP client that says "stay" is answered once a line until it leaves. Usage: `lockstep-pod NAME PORT...`.
 #![forbid(unsafe_code)]
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lockstep_integration::traffic::answer;
+use lockstep_integration::traffic::{STAY, answer};
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -57,6 +57,15 @@ fn serve(name: &str, mut stream: TcpStream) -> std::io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_millis(200)))?;
     let mut request = [0; 4096];
     let length = stream.read(&mut request).unwrap_or(0);
+    if request[..length].starts_with(STAY) {
+        stream.write_all(text.as_bytes())?;
+        stream.set_read_timeout(None)?;
+        let mut lines = BufReader::new(stream.try_clone()?);
+        while lines.read_line(&mut String::new())? > 0 {
+            stream.write_all(text.as_bytes())?;
+        }
+        return Ok(());
+    }
     if request[..length].starts_with(b"GET ") {
         let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n";
         write!(stream, "{head}Content-Length: {}\r\n\r\n", text.len())?;
