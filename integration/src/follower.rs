@@ -87,6 +87,7 @@ fn identity(name: &str) -> Identity {
             v1::Feature::LbProxyMode,
             v1::Feature::SourceRanges,
         ],
+        settings: None,
         kernel_adopted: false,
     }
 }

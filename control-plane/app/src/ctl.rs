@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! command line ──> args ──> commands: calls of StatusService ──> view: plain structs ──> text | JSON | YAML
+//!                       └──> explain: state and settings ──> the node's plan ────┘
 //! ```
 
 use std::io::Write;
@@ -13,6 +14,7 @@ use tonic::{Code, Status};
 mod args;
 mod client;
 mod commands;
+mod explain;
 mod output;
 #[cfg(test)]
 mod tests;

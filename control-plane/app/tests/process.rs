@@ -177,6 +177,48 @@ fn without_file_descriptors_it_waits_says_so_once_and_goes_on() {
 }
 
 #[test]
+fn explain_asks_a_control_plane_and_no_node_is_needed() {
+    let manifests = concat!("files:", env!("CARGO_MANIFEST_DIR"), "/../../deploy/examples");
+    let listen = ["--listen", "127.0.0.1:0", "--insecure", "--log-format", "json"];
+    let mut process =
+        Running(control_plane(&[&["--source", manifests], &listen[..]].concat()).spawn().unwrap());
+    let mut log = BufReader::new(process.0.stderr.take().unwrap());
+    let mut until = |what: &str| {
+        let mut line = String::new();
+        while !line.contains(what) {
+            line.clear();
+            assert!(log.read_line(&mut line).unwrap() > 0, "it ended before: {what}");
+        }
+        serde_json::from_str::<serde_json::Value>(&line).unwrap()
+    };
+    let server = format!("http://{}", until("\"started\"")["listen"].as_str().unwrap());
+    until("\"serving\"");
+    let explain = |binary: &str, node: &str, from: &str, to: &str| {
+        let mut command = Command::new(binary);
+        command.args(["--server", &server, "--insecure", "explain", "-o", "json", "--node", node]);
+        let Output { status, stdout, stderr } = command.args(["--from", from, "tcp", to]).output().unwrap();
+        (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
+    };
+    for binary in [env!("CARGO_BIN_EXE_lockstepctl"), env!("CARGO_BIN_EXE_kubectl-lockstep")] {
+        let (code, answer, error) = explain(binary, "node1", "203.0.113.1", "10.96.0.10:80");
+        assert_eq!((code, error.as_str()), (Some(0), ""));
+        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        assert_eq!((&answer["verdict"], &answer["service"]["name"]), (&"Forwarded".into(), &"web".into()));
+        assert_eq!(
+            (&answer["inForce"]["state"], answer["endpoints"].as_array().unwrap().len()),
+            (&"NeverSeen".into(), 3)
+        );
+    }
+    let ctl = env!("CARGO_BIN_EXE_lockstepctl");
+    let (code, answer, _) = explain(ctl, "node1", "203.0.113.1", "192.0.2.1:1");
+    assert!(code == Some(0) && answer.contains("\"LeftAlone\""), "{code:?} {answer}");
+    let (code, _, error) = explain(ctl, "node9", "203.0.113.1", "10.96.0.10:80");
+    assert_eq!((code, error.as_str()), (Some(3), "error: node node9: not found\n"));
+    let (code, _, error) = explain(ctl, "node1", "fd00::1", "10.96.0.10:80");
+    assert!(code == Some(2) && error.contains("--from fd00::1: is not of the family"), "{code:?} {error}");
+}
+
+#[test]
 fn lockstepctl_is_a_kubectl_plugin_too() {
     for (binary, name) in [
         (env!("CARGO_BIN_EXE_lockstepctl"), "lockstepctl"),

@@ -5,14 +5,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lockstep_model::{Digest, InvalidField, NodeContext, check_name};
 use lockstep_store::{
-    BackendFacts, Facts, Failure, FailureClass, InForce, Levels, NodeState, Outcome, Pass, Position, Report,
-    Resume,
+    BackendFacts, Facts, Failure, FailureClass, InForce, Levels, NodeSettings, NodeState, Outcome, Pass,
+    Position, Report, Resume,
 };
 use lockstep_wire::{convert, v1};
 use prost_types::Timestamp;
 
 /// Most bytes kept of one text for people.
 const MAX_TEXT: usize = 512;
+
+/// Most networks that one setting of a node may have.
+const MAX_NETWORKS: usize = 256;
 
 pub(crate) fn position(position: Position) -> v1::Position {
     v1::Position {
@@ -81,9 +84,43 @@ pub(crate) fn facts(hello: v1::Hello, peer: String, resume: Resume) -> Result<Fa
             version: shorten(backend.version),
             families: backend.families.into_iter().take(2).collect(),
         },
+        settings: hello.settings.and_then(settings).map(Box::new),
         peer,
         resume,
     })
+}
+
+/// What the operator decided for a node. A part of it would say something else than the whole, so
+/// what has no room is not kept at all.
+fn settings(from: v1::NodeSettings) -> Option<NodeSettings> {
+    let texts = || from.cluster_cidrs.iter().chain(&from.node_port_cidrs).chain([&from.pod_interface]);
+    let networks = from.cluster_cidrs.len().max(from.node_port_cidrs.len());
+    if networks > MAX_NETWORKS || texts().any(|text| text.len() > MAX_TEXT) {
+        return None;
+    }
+    Some(NodeSettings {
+        detect_local_mode: from.detect_local_mode,
+        cluster_cidrs: from.cluster_cidrs,
+        pod_interface: from.pod_interface,
+        node_port_addresses: from.node_port_addresses,
+        node_port_cidrs: from.node_port_cidrs,
+        masquerade_all: from.masquerade_all,
+        masquerade_mark: from.masquerade_mark,
+        loopback_node_ports: from.loopback_node_ports,
+    })
+}
+
+pub(crate) fn settings_to_wire(from: &NodeSettings) -> v1::NodeSettings {
+    v1::NodeSettings {
+        detect_local_mode: from.detect_local_mode,
+        cluster_cidrs: from.cluster_cidrs.clone(),
+        pod_interface: from.pod_interface.clone(),
+        node_port_addresses: from.node_port_addresses,
+        node_port_cidrs: from.node_port_cidrs.clone(),
+        masquerade_all: from.masquerade_all,
+        masquerade_mark: from.masquerade_mark,
+        loopback_node_ports: from.loopback_node_ports,
+    }
 }
 
 /// A report. Too long texts are cut, and a failure whose resource cannot be read is kept without

@@ -27,8 +27,8 @@ mod store;
 pub use changes::Changes;
 pub use nodes::{
     AckError, BackendFacts, ConnectError, Connected, Convergence, Counts, Facts, Failure, FailureClass,
-    InForce, Level, Levels, Node, NodeState, Nodes, Outcome, Pass, Progress, Report, Resume, StreamId,
-    Streaming,
+    InForce, Level, Levels, Node, NodeSettings, NodeState, Nodes, Outcome, Pass, Progress, Report, Resume,
+    StreamId, Streaming,
 };
 pub use quarantine::{Quarantine, Quarantined};
 pub use services::{PageEntry, ServiceView};

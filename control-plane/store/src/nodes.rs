@@ -17,7 +17,8 @@ mod tests;
 
 use failures::Unlisted;
 pub use report::{
-    BackendFacts, Facts, Failure, FailureClass, InForce, Level, Levels, Outcome, Pass, Report, Resume,
+    BackendFacts, Facts, Failure, FailureClass, InForce, Level, Levels, NodeSettings, Outcome, Pass, Report,
+    Resume,
 };
 use tally::{Share, Tally};
 

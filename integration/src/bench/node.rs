@@ -98,6 +98,7 @@ pub(super) fn session(greeting: Vec<Bytes>) -> Result<Session> {
             agent_version: "bench".to_owned(),
             backend: v1::Backend::default(),
             features: Vec::new(),
+            settings: None,
             kernel_adopted: false,
         },
         None,

@@ -30,4 +30,5 @@ pub mod metrics;
 pub mod mode;
 pub mod reconcile;
 pub mod run;
+mod settings;
 pub mod status;

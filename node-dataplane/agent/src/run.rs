@@ -27,6 +27,7 @@ use crate::http;
 use crate::metrics::Metrics;
 use crate::mode::{self, Chosen};
 use crate::reconcile::{Event, NewAddresses, Parts, Reconciler};
+use crate::settings;
 use crate::status::Status;
 
 /// Frames that may wait for the loop: they are up to 1 MiB each.
@@ -123,7 +124,7 @@ async fn serve(
         new_addresses: new_addresses(&view_config)?,
         cache: Some(cache),
         restored,
-        identity: identity(config, &description),
+        identity: identity(config, &description, &view_config),
         view_config,
         follow_ups: vec![Box::new(cutter), Box::new(health_ports)],
         status,
@@ -212,7 +213,7 @@ async fn ticks(events: mpsc::Sender<Event>) {
     }
 }
 
-fn identity(config: &Config, description: &Description) -> Identity {
+fn identity(config: &Config, description: &Description, view_config: &ViewConfig) -> Identity {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let features = description.features.iter().map(|feature| match feature {
         Feature::Sctp => v1::Feature::Sctp,
@@ -238,6 +239,7 @@ fn identity(config: &Config, description: &Description) -> Identity {
             version: description.version.clone(),
             families: families.collect(),
         },
+        settings: Some(settings::to_wire(view_config)),
         kernel_adopted: false,
     }
 }

@@ -61,6 +61,8 @@ pub struct Identity {
     pub agent_version: String,
     /// How the kernel is programmed.
     pub backend: v1::Backend,
+    /// What the operator decided for the node; `None` = not told.
+    pub settings: Option<v1::NodeSettings>,
     /// What the backend can program, beside the session features.
     pub features: Vec<v1::Feature>,
     /// True = rules of an earlier process are in the kernel.
@@ -273,6 +275,7 @@ impl Session {
             kernel_adopted: identity.kernel_adopted,
             position_digest: reached.map(|it| it.digest.to_bytes().to_vec().into()).unwrap_or_default(),
             started_at: Some(identity.started.into()),
+            settings: identity.settings.clone(),
         }))
     }
 

@@ -24,6 +24,7 @@ pub(crate) fn identity() -> Identity {
         agent_version: "test".to_owned(),
         backend: v1::Backend::default(),
         features: vec![v1::Feature::Sctp],
+        settings: None,
         kernel_adopted: false,
     }
 }

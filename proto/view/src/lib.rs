@@ -4,8 +4,9 @@
 //! cluster state + facts of this node + configuration ──> ForwardingPlan ──> a Backend
 //! ```
 //!
-//! Pure and synchronous: no kernel, no network, no clock. The agent programs what it says, and
-//! [`explain`] reads its plans; the control plane knows no rule and does not use it.
+//! Pure and synchronous: no kernel, no network, no clock. The agent programs what it says. What a
+//! plan does with a packet, and why, [`trace`] and [`explain`] say: `lockstepctl explain` makes the
+//! plan of a node once more and asks them. The control plane's server knows no rule.
 #![forbid(unsafe_code)]
 
 pub mod backend;
@@ -19,6 +20,7 @@ mod service;
 pub mod stale;
 #[cfg(test)]
 mod tests;
+pub mod trace;
 mod view;
 
 pub use backend::Backend;

@@ -1,3 +1,4 @@
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,11 +14,12 @@ use lockstep_wire::v1;
     version,
     after_help = "Exit codes: 0 done; 1 no connection, or the server refused; 2 the command line is wrong; 3 there \
                   is no such Service or node; 4 a wait timed out, the output names the nodes that are not done.\n\
-                  Every option can also be set by the environment variable named with it; --behind, --failing and \
-                  --count, which say what one call is about, have none.\n\n\
+                  Every option can also be set by the environment variable named with it; --behind, --failing, \
+                  --count, --node and --from, which say what one call is about, have none.\n\n\
                   Examples:\n  \
                   lockstepctl --server http://127.0.0.1:7443 --insecure status\n  \
-                  lockstepctl --server https://control-plane:7443 --ca ca.pem wait default/web --timeout 30s"
+                  lockstepctl --server https://control-plane:7443 --ca ca.pem wait default/web --timeout 30s\n  \
+                  lockstepctl explain --node node1 --from 10.244.1.5 tcp 10.96.0.10:80"
 )]
 pub(super) struct Args {
     #[command(flatten)]
@@ -105,6 +107,14 @@ pub(super) enum Command {
         #[arg(short, long, env = "LOCKSTEP_NAMESPACE")]
         namespace: Option<String>,
     },
+    /// What a node does with a new connection, decision by decision, and whether that is in force.
+    ///
+    /// It is worked out here, from the state that the control plane has now and the settings that
+    /// the node has told, by the same code as the node's. No packet is sent.
+    ///
+    /// Whatever becomes of the connection is an answer, exit code 0: also that no Service has the
+    /// address, in which case the node leaves the packet alone. No such node is exit code 3.
+    Explain(Question),
     /// Convergence, one line per change; ends with Ctrl-C
     Watch {
         /// Shortest time between two lines
@@ -142,6 +152,34 @@ pub(super) enum Command {
         )]
         timeout: Duration,
     },
+}
+
+/// Which connection to explain.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Question {
+    /// The node that the packet comes to first, or starts on
+    #[arg(long)]
+    pub(super) node: String,
+    /// Address of the client, as that node sees it
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) from: IpAddr,
+    /// Transport protocol
+    #[arg(value_name = "PROTOCOL")]
+    pub(super) protocol: Transport,
+    /// Address and port that the client dials: 10.96.0.10:80, [fd00::10]:80
+    #[arg(value_name = "ADDRESS:PORT")]
+    pub(super) to: SocketAddr,
+}
+
+/// Transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Transport {
+    /// TCP
+    Tcp,
+    /// UDP
+    Udp,
+    /// SCTP
+    Sctp,
 }
 
 /// Format of the output.
@@ -257,6 +295,11 @@ mod tests {
             "wait --level programmed",
             "--cert x status",
             "-o xml status",
+            "explain --from 10.0.0.1 tcp 10.96.0.10:80",
+            "explain --node n1 tcp 10.96.0.10:80",
+            "explain --node n1 --from 10.0.0.1 tcp 10.96.0.10",
+            "explain --node n1 --from 10.0.0.1 icmp 10.96.0.10:80",
+            "explain --node n1 --from web tcp 10.96.0.10:80",
             "",
         ] {
             assert!(parse(line).is_err(), "{line:?}");

@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use lockstep_wire::v1::status_service_client::StatusServiceClient;
+use lockstep_wire::v1::sync_service_client::SyncServiceClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use super::Failure;
@@ -15,7 +16,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
 /// Connects, so that a server that is not there is said to be so before anything else.
-pub(super) async fn connect(connection: &Connection) -> Result<StatusServiceClient<Channel>, Failure> {
+pub(super) async fn connect(connection: &Connection) -> Result<Channel, Failure> {
     let url = url(connection).map_err(Failure::Usage)?;
     let mut endpoint = Endpoint::from_shared(url.clone())
         .map_err(|error| Failure::Usage(format!("--server {url}: {error}")))?
@@ -23,8 +24,17 @@ pub(super) async fn connect(connection: &Connection) -> Result<StatusServiceClie
     if !connection.insecure {
         endpoint = endpoint.tls_config(tls(connection)?).context("TLS")?;
     }
-    let channel = endpoint.connect().await.map_err(|error| anyhow::anyhow!("{url}: {}", chain(&error)))?;
-    Ok(StatusServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER))
+    Ok(endpoint.connect().await.map_err(|error| anyhow::anyhow!("{url}: {}", chain(&error)))?)
+}
+
+/// Who knows how the cluster stands.
+pub(super) fn status(channel: Channel) -> StatusServiceClient<Channel> {
+    StatusServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER)
+}
+
+/// Who has the state itself.
+pub(super) fn sync(channel: Channel) -> SyncServiceClient<Channel> {
+    SyncServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER)
 }
 
 /// The URL with its scheme; plaintext only where it is asked for by name.

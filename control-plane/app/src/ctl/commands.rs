@@ -11,6 +11,7 @@ use tonic::transport::Channel;
 use super::Failure;
 use super::args::{Args, Command, Format, ServiceName, WaitLevel};
 use super::client;
+use super::explain;
 use super::output::{self, time};
 use super::view::{self, Waited};
 
@@ -35,7 +36,11 @@ type Client = StatusServiceClient<Channel>;
 
 /// Runs the command and writes what it has to say.
 pub(super) async fn run(args: Args, out: &mut dyn Write) -> Result<(), Failure> {
-    let client = client::connect(&args.connection).await?;
+    if let Command::Explain(question) = &args.command {
+        question.packet().map_err(Failure::Usage)?;
+    }
+    let channel = client::connect(&args.connection).await?;
+    let client = client::status(channel.clone());
     let format = args.output;
     let command = async {
         match args.command {
@@ -43,12 +48,21 @@ pub(super) async fn run(args: Args, out: &mut dyn Write) -> Result<(), Failure> 
             Command::Wait { service, level, timeout } => {
                 wait(client, out, format, service, level, timeout).await
             }
-            command => tokio::time::timeout(ANSWER_TIMEOUT, ask(client, out, format, command))
-                .await
-                .unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {ANSWER_TIMEOUT:?}").into())),
+            Command::Explain(question) => {
+                let explanation = in_time(explain::explain(channel, &question)).await?;
+                Ok(output::write(out, format, &explanation, explain::text::explanation)?)
+            }
+            command => in_time(ask(client, out, format, command)).await,
         }
     };
     command.await
+}
+
+/// An answer, or that there is none.
+async fn in_time<T>(answer: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::time::timeout(ANSWER_TIMEOUT, answer)
+        .await
+        .unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {ANSWER_TIMEOUT:?}").into()))
 }
 
 async fn ask(client: Client, out: &mut dyn Write, format: Format, command: Command) -> Result<(), Failure> {
@@ -59,7 +73,7 @@ async fn ask(client: Client, out: &mut dyn Write, format: Format, command: Comma
         Command::Nodes { behind, failing } => nodes(client, out, format, behind, failing).await,
         Command::Node { name } => one_node(client, out, format, name).await,
         Command::Failures { namespace } => failures(client, out, format, namespace).await,
-        Command::Watch { .. } | Command::Wait { .. } => {
+        Command::Watch { .. } | Command::Wait { .. } | Command::Explain(_) => {
             Err(Failure::Usage("this command is not a question".into()))
         }
     }

@@ -99,7 +99,7 @@ pub(super) fn fields(fields: &[(&str, String)]) -> String {
 }
 
 /// Messages come from nodes: they must not be able to break the layout, or drive a terminal.
-fn one_line(text: &str) -> String {
+pub(super) fn one_line(text: &str) -> String {
     text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 

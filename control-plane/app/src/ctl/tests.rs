@@ -21,6 +21,8 @@ use tonic::transport::Channel;
 use super::args::Args;
 use super::{Failure, commands};
 
+mod explain;
+
 struct World {
     hub: Arc<Hub>,
     address: SocketAddr,
@@ -114,8 +116,18 @@ impl World {
         self.inputs.send(input).await.unwrap();
     }
 
-    /// A node that follows and has verified seq 1, failing what it is told to.
+    /// A node that follows and has verified the head, failing what it is told to.
     async fn node(&self, name: &str, failures: Vec<v1::ResourceFailure>) -> mpsc::Sender<v1::SyncRequest> {
+        self.node_with(name, failures, None).await
+    }
+
+    /// The same, configured like this.
+    async fn node_with(
+        &self,
+        name: &str,
+        failures: Vec<v1::ResourceFailure>,
+        settings: Option<v1::NodeSettings>,
+    ) -> mpsc::Sender<v1::SyncRequest> {
         let (sender, receiver) = mpsc::channel(8);
         let request = |kind| v1::SyncRequest { kind: Some(kind) };
         let hello = v1::Hello {
@@ -129,6 +141,7 @@ impl World {
                 version: "legacy 1.8.9".into(),
                 families: vec![],
             }),
+            settings,
             ..Default::default()
         };
         sender.send(request(Kind::Hello(hello))).await.unwrap();
@@ -139,10 +152,11 @@ impl World {
         let welcome = responses.message().await.unwrap().unwrap();
         let Some(v1::sync_response::Kind::Welcome(welcome)) = welcome.kind else { panic!("a Welcome") };
         responses.message().await.unwrap().unwrap();
+        let seq = welcome.head.clone().unwrap_or_default().seq;
         let ack = v1::Ack {
-            received_seq: 1,
-            applied_seq: 1,
-            verified_seq: 1,
+            received_seq: seq,
+            applied_seq: seq,
+            verified_seq: seq,
             position: welcome.head,
             failures,
             ..Default::default()
@@ -150,7 +164,7 @@ impl World {
         sender.send(request(Kind::Ack(ack))).await.unwrap();
         // The stream is read for as long as the node is there.
         tokio::spawn(async move { while let Ok(Some(_)) = responses.message().await {} });
-        while self.verified(name).await != Some(1) {}
+        while self.verified(name).await != Some(seq) {}
         sender
     }
 

@@ -203,12 +203,17 @@ impl From<v1::EndpointSet> for EndpointSet {
 impl Endpoint {
     /// In one word.
     pub(super) fn state(&self) -> &'static str {
-        match (self.ready, self.serving, self.terminating) {
-            (true, _, _) => "ready",
-            (false, true, true) => "terminating, serving",
-            (false, false, true) => "terminating",
-            (false, _, false) => "not ready",
-        }
+        conditions(self.ready, self.serving, self.terminating)
+    }
+}
+
+/// Conditions of an endpoint in one word.
+pub(super) fn conditions(ready: bool, serving: bool, terminating: bool) -> &'static str {
+    match (ready, serving, terminating) {
+        (true, _, _) => "ready",
+        (false, true, true) => "terminating, serving",
+        (false, false, true) => "terminating",
+        (false, _, false) => "not ready",
     }
 }
 

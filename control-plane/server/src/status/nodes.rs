@@ -39,10 +39,12 @@ pub(super) fn get(shared: &Shared, name: &str) -> Result<v1::GetNodeResponse, St
         return Err(invalid("node_name: is missing"));
     }
     let node = shared.nodes.get(name).ok_or_else(|| Status::not_found(format!("node {name}: not found")))?;
+    let settings = node.session().and_then(|session| session.facts.settings.as_deref());
     Ok(v1::GetNodeResponse {
         node: Some(status(shared, name, node)),
         context: Some(convert::context(node.context(), name)),
         head: Some(shared.position(shared.store.head().seq)),
+        settings: settings.map(convert::settings_to_wire),
     })
 }
 

@@ -135,6 +135,34 @@ async fn nodes_come_in_pages_with_their_state() {
 }
 
 #[tokio::test]
+async fn what_a_node_says_of_its_settings_is_shown_whole_or_not_at_all() {
+    let world = world().await;
+    let told = v1::NodeSettings {
+        detect_local_mode: 99,
+        cluster_cidrs: vec!["10.0.0.0/8".into()],
+        pod_interface: "cni0".into(),
+        node_port_addresses: v1::NodePortAddresses::Cidrs.into(),
+        node_port_cidrs: vec!["192.0.2.0/24".into()],
+        masquerade_all: true,
+        masquerade_mark: 0x4000,
+        loopback_node_ports: true,
+    };
+    let many = vec!["10.0.0.0/8".to_owned(); 257];
+    let mut status = world.status().await;
+    for (name, settings, shown) in [
+        ("n1", Some(told.clone()), Some(told.clone())),
+        ("n2", None, None),
+        ("n3", Some(v1::NodeSettings { cluster_cidrs: many, ..told.clone() }), None),
+        ("n4", Some(v1::NodeSettings { pod_interface: "x".repeat(513), ..told }), None),
+    ] {
+        let _node = world.node(v1::Hello { settings, ..hello(name, "a") }).await;
+        let request = v1::GetNodeRequest { node_name: name.into() };
+        let response = status.get_node(request).await.unwrap().into_inner();
+        assert_eq!(response.settings, shown, "{name}");
+    }
+}
+
+#[tokio::test]
 async fn a_wait_names_who_is_missing_until_nobody_is() {
     let world = world().await;
     let node = verified(&world, "n1").await;

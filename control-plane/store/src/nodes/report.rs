@@ -52,6 +52,8 @@ pub struct Facts {
     pub agent_version: String,
     /// How it programs its kernel.
     pub backend: BackendFacts,
+    /// What its operator decided for it; `None` = not stated.
+    pub settings: Option<Box<NodeSettings>>,
     /// Address the stream comes from.
     pub peer: String,
     /// How the session starts.
@@ -67,6 +69,28 @@ pub struct BackendFacts {
     pub version: String,
     /// Numbers of the families.
     pub families: Vec<i32>,
+}
+
+/// What the operator decided for a node. Numbers and texts are those of the wire: the store only
+/// shows them.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeSettings {
+    /// Number of the way in which pods are told from others.
+    pub detect_local_mode: i32,
+    /// Networks of pods.
+    pub cluster_cidrs: Vec<String>,
+    /// Interface of pods, or how its name begins.
+    pub pod_interface: String,
+    /// Number of the choice of addresses that answer on node ports.
+    pub node_port_addresses: i32,
+    /// Networks of these addresses.
+    pub node_port_cidrs: Vec<String>,
+    /// Everything that is sent to a cluster IP is masqueraded.
+    pub masquerade_all: bool,
+    /// The bit of the packet mark that means "masquerade".
+    pub masquerade_mark: u32,
+    /// Node ports answer at 127.0.0.1, too.
+    pub loopback_node_ports: bool,
 }
 
 /// How a session starts.

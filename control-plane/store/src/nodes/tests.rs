@@ -58,6 +58,7 @@ fn facts(name: &str, instance: &str) -> Facts {
         started: None,
         agent_version: "1".into(),
         backend: BackendFacts::default(),
+        settings: None,
         peer: format!("192.0.2.1:{}", instance.len()),
         resume: Resume::Full,
     }

@@ -49,6 +49,7 @@ fn parts(kernel: &Kernel, status: &Arc<Status>, cache: Option<Cache>, restored: 
             agent_version: "test".to_owned(),
             backend: v1::Backend::default(),
             features: Vec::new(),
+            settings: None,
             kernel_adopted: false,
         },
         view_config: ViewConfig::new("node-a"),

@@ -221,6 +221,7 @@ impl Agent {
             agent_version: "test".to_owned(),
             features: Vec::new(),
             backend: v1::Backend::default(),
+            settings: None,
             kernel_adopted: false,
         };
         let parts = Parts {

@@ -6,3 +6,4 @@ mod oracle;
 mod properties;
 mod rules;
 mod stale;
+mod trace;

@@ -1,0 +1,205 @@
+//! `explain`: the plan of a node, made once more, and one packet followed through it.
+//!
+//! ```text
+//! GetNode ──> settings ──> ViewConfig ─┐
+//! FetchSnapshot ──> State ─────────────┴─> View ──> trace, explain ──> answer ──> text | JSON | YAML
+//! ```
+//!
+//! State, view and rules are the node's own code, so what is said here is what a node of this
+//! release does once it has the state; whether it has it, its last report says.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::Context;
+use lockstep_model::{Family, Interner, NodeContext, Protocol, Resource, ServiceKey, State, Version};
+use lockstep_view::View;
+use lockstep_view::trace::Packet;
+use lockstep_wire::v1::status_service_client::StatusServiceClient;
+use lockstep_wire::v1::sync_service_client::SyncServiceClient;
+use lockstep_wire::{convert, v1};
+use tonic::Code;
+use tonic::transport::Channel;
+
+use super::Failure;
+use super::args::{Question, Transport};
+use super::client;
+
+pub(super) mod answer;
+mod in_force;
+mod nearby;
+mod reasons;
+mod settings;
+pub(super) mod text;
+
+use answer::Explanation;
+
+/// How often everything is read again where it changed while it was read.
+const TRIES: usize = 5;
+
+/// All that an explanation is made of.
+struct Evidence {
+    packet: Packet,
+    /// Addresses local to the node, as far as the control plane knows them.
+    local: Vec<IpAddr>,
+    node: v1::NodeStatus,
+    head_seq: u64,
+    context: NodeContext,
+    settings: settings::Told,
+    state: State,
+    view: View,
+    /// seq of the last change to the Service that the packet is for; `None` = it is for none.
+    last_changed_seq: Option<u64>,
+    notes: Vec<String>,
+}
+
+impl Question {
+    /// The packet; `Err` = a question that has no answer, for people.
+    pub(super) fn packet(&self) -> Result<Packet, String> {
+        let (source, destination) = (self.from.to_canonical(), self.to.ip().to_canonical());
+        if Family::of(source) != Family::of(destination) {
+            return Err(format!("--from {source}: is not of the family of {destination}"));
+        }
+        let port = self.to.port().try_into().map_err(|_| format!("{}: 0 is not a port", self.to))?;
+        let protocol = match self.protocol {
+            Transport::Tcp => Protocol::Tcp,
+            Transport::Udp => Protocol::Udp,
+            Transport::Sctp => Protocol::Sctp,
+        };
+        Ok(Packet { source, destination, port, protocol })
+    }
+}
+
+/// Answers the question. Reads the Services, then the endpoints of the one that it is about; where
+/// the Service is another one by then, it starts anew.
+pub(super) async fn explain(channel: Channel, question: &Question) -> Result<Explanation, Failure> {
+    let packet = question.packet().map_err(Failure::Usage)?;
+    let mut status = client::status(channel.clone());
+    let mut sync = client::sync(channel);
+    for _ in 0..TRIES {
+        let request = v1::GetNodeRequest { node_name: question.node.clone() };
+        let node = status.get_node(request).await?.into_inner();
+        if let Some(evidence) = gather(&mut status, &mut sync, packet, node).await? {
+            return Ok(Explanation::new(&evidence));
+        }
+    }
+    Err(anyhow::anyhow!("{}: changed each of {TRIES} times while it was read", question.to).into())
+}
+
+/// `None` = it changed in between.
+async fn gather(
+    status: &mut StatusServiceClient<Channel>,
+    sync: &mut SyncServiceClient<Channel>,
+    packet: Packet,
+    response: v1::GetNodeResponse,
+) -> Result<Option<Evidence>, Failure> {
+    let node = response.node.unwrap_or_default();
+    let head = response.head.unwrap_or_default();
+    let context = convert::node_context_from_wire(&response.context.unwrap_or_default())
+        .with_context(|| format!("node {}", node.node_name))?;
+    let told = settings::Told::read(&node, &context, response.settings.as_ref())?;
+    let mut notes = told.notes.clone();
+
+    let services =
+        v1::FetchSnapshotRequest { kinds: vec![v1::ResourceKind::Service.into()], ..Default::default() };
+    let mut interner = Interner::default();
+    let (resources, position) = snapshot(sync, services, &mut interner, &mut notes).await?;
+    if position.epoch != head.epoch {
+        return Ok(None);
+    }
+    let mut state = State::default();
+    for (version, resource) in resources {
+        state.upsert(version, resource);
+    }
+    let mut view = View::new(told.config.clone());
+    view.set_node(context.clone());
+    let keys: Vec<ServiceKey> = state.service_keys().cloned().collect();
+    view.update(&state, &keys);
+
+    let mut local = context.addresses.clone();
+    local.extend([IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)]);
+    let matched = |view: &View| view.plan().trace(&packet, &local).matched.map(|it| it.key().clone());
+    let mut last_changed_seq = None;
+    if let Some(key) = matched(&view) {
+        let one = v1::FetchSnapshotRequest {
+            namespace: key.namespace.to_string(),
+            service: key.name.to_string(),
+            ..Default::default()
+        };
+        let (resources, there) = snapshot(sync, one, &mut interner, &mut notes).await?;
+        for (version, resource) in resources {
+            state.upsert(version, resource);
+        }
+        view.update(&state, std::slice::from_ref(&key));
+        let request =
+            v1::GetServiceRequest { namespace: key.namespace.to_string(), name: key.name.to_string() };
+        let summary = match status.get_service(request).await {
+            Ok(response) => response.into_inner().summary.unwrap_or_default(),
+            Err(status) if status.code() == Code::NotFound => return Ok(None),
+            Err(status) => return Err(status.into()),
+        };
+        // A change after the endpoints were read is not in what is explained.
+        if there.epoch != head.epoch
+            || summary.last_changed_seq > there.seq
+            || matched(&view).as_ref() != Some(&key)
+        {
+            return Ok(None);
+        }
+        last_changed_seq = Some(summary.last_changed_seq);
+    }
+    let head_seq = head.seq;
+    let settings = told;
+    Ok(Some(Evidence {
+        packet,
+        local,
+        node,
+        head_seq,
+        context,
+        settings,
+        state,
+        view,
+        last_changed_seq,
+        notes,
+    }))
+}
+
+/// One consistent snapshot. What this release cannot read is left out, with a note: a node of this
+/// release leaves it out, too.
+async fn snapshot(
+    sync: &mut SyncServiceClient<Channel>,
+    request: v1::FetchSnapshotRequest,
+    interner: &mut Interner,
+    notes: &mut Vec<String>,
+) -> Result<(Vec<(Version, Resource)>, v1::Position), Failure> {
+    let mut stream = sync.fetch_snapshot(request).await?.into_inner();
+    let (mut resources, mut position) = (Vec::new(), v1::Position::default());
+    while let Some(part) = stream.message().await? {
+        position = part.position.unwrap_or_default();
+        for resource in part.batch.unwrap_or_default().upserts {
+            let version =
+                convert::version_from_wire("version", &resource.version).context("the server's snapshot")?;
+            match resource.body {
+                Some(v1::resource::Body::Service(service)) => {
+                    match convert::service_from_wire(&service, interner) {
+                        Ok(service) => resources.push((version, service.into())),
+                        Err(error) => {
+                            let name = format!("{}/{}", service.namespace, service.name);
+                            notes.push(format!("service {name} cannot be read and is left out: {error}"));
+                        }
+                    }
+                }
+                Some(v1::resource::Body::EndpointSet(set)) => {
+                    match convert::endpoint_set_from_wire(&set, interner) {
+                        Ok(set) => resources.push((version, set.into())),
+                        Err(error) => {
+                            let name = format!("{}/{}/{}", set.namespace, set.service, set.slice);
+                            notes
+                                .push(format!("endpoint set {name} cannot be read and is left out: {error}"));
+                        }
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+    Ok((resources, position))
+}

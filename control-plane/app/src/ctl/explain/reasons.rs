@@ -1,0 +1,74 @@
+//! Why it is so, for people: the rule behind each decision.
+
+use lockstep_model::{Service, TrafficPolicy};
+use lockstep_view::trace::{Match, Trace, Verdict};
+use lockstep_view::{Action, Pool, Source, Surface};
+
+use super::Evidence;
+
+/// Why the verdict is what it is.
+pub(super) fn verdict(evidence: &Evidence, trace: &Trace<'_>, service: Option<&Service>) -> String {
+    let packet = &evidence.packet;
+    let (Some(matched), Some(service)) = (&trace.matched, service) else {
+        return format!(
+            "no Service has {}/{} on this node",
+            std::net::SocketAddr::new(packet.destination, packet.port.get()),
+            packet.protocol
+        );
+    };
+    let policy = policy(matched, service);
+    match trace.verdict {
+        Verdict::LeftAlone => String::new(),
+        Verdict::SourceRefused => format!("{} is in no source range of the load balancer", packet.source),
+        Verdict::Decided(Action::Reject) => "no endpoint of this port is usable on any node".into(),
+        Verdict::Decided(Action::Drop) => format!("{policy}, and no endpoint on this node is usable"),
+        Verdict::Decided(Action::Forward { pool, .. }) => match (pool, trace.source) {
+            (Pool::Cluster, Source::Pod) if keeps_clients(matched, service) => {
+                format!("{policy} does not bind pods: it is as if they had gone out and come back")
+            }
+            (Pool::Cluster, Source::Node) if keeps_clients(matched, service) => {
+                format!("{policy} does not bind the node itself: it is as if it had gone out and come back")
+            }
+            _ => policy,
+        },
+    }
+}
+
+/// Why the endpoints see the client's address or not, whoever they are.
+pub(super) fn masquerade(evidence: &Evidence, trace: &Trace<'_>, service: &Service) -> Option<String> {
+    let (matched, Verdict::Decided(Action::Forward { masquerade, .. })) =
+        (trace.matched.as_ref()?, trace.verdict)
+    else {
+        return None;
+    };
+    let facts = evidence.view.facts();
+    let inside = matches!(matched.frontend.surface, Surface::ClusterIp(_));
+    Some(match (inside, masquerade) {
+        (true, true) if facts.masquerade_all => "the node masquerades all that is sent to cluster IPs".into(),
+        (true, true) => "the client is no pod: answers must come back through this node".into(),
+        (true, false) if facts.tells_pods(matched.port.family) => "the client is a pod".into(),
+        (true, false) => "the node has no way to tell pods from others".into(),
+        (false, true) if keeps_clients(matched, service) => "the node itself is the client".into(),
+        (false, true) => {
+            format!("{}: answers must come back through this node", policy(matched, service))
+        }
+        (false, false) => format!("{} keeps it", policy(matched, service)),
+    })
+}
+
+fn keeps_clients(matched: &Match<'_>, service: &Service) -> bool {
+    !matches!(matched.frontend.surface, Surface::ClusterIp(_))
+        && service.external_traffic_policy == TrafficPolicy::Local
+}
+
+fn policy(matched: &Match<'_>, service: &Service) -> String {
+    let (name, policy) = match matched.frontend.surface {
+        Surface::ClusterIp(_) => ("internalTrafficPolicy", service.internal_traffic_policy),
+        _ => ("externalTrafficPolicy", service.external_traffic_policy),
+    };
+    let policy = match policy {
+        TrafficPolicy::Cluster => "Cluster",
+        TrafficPolicy::Local => "Local",
+    };
+    format!("{name} {policy}")
+}

@@ -1,0 +1,194 @@
+//! What a plan does with one packet: the plan, read aloud.
+//!
+//! Plain and slow on purpose (it looks at every Service), and independent of every backend. So it
+//! serves two: people, who want to know what a node is meant to do, and tests, which compare it
+//! with what a kernel does with packets.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use lockstep_model::{Family, Port, Protocol, ServiceKey};
+
+use crate::{
+    Action, ForwardingPlan, Frontend, NodePlan, NodePortScope, PodSources, Pool, PortPlan, ServicePlan,
+    Source, Surface, Target,
+};
+
+/// The first packet of a new connection, as it comes to the node or starts there, before anybody
+/// translates it. Both addresses are of one family; where they are not, nothing matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packet {
+    /// Where it comes from.
+    pub source: IpAddr,
+    /// Where it is sent.
+    pub destination: IpAddr,
+    /// Port at the destination.
+    pub port: Port,
+    /// Transport protocol.
+    pub protocol: Protocol,
+}
+
+/// Every decision about one packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trace<'a> {
+    /// Class of its source.
+    pub source: Source,
+    /// By what the class is told.
+    pub told_by: ToldBy,
+    /// The address that it is for; `None` = no Service has it, and the packet is left alone.
+    pub matched: Option<Match<'a>>,
+    /// What becomes of it.
+    pub verdict: Verdict,
+    /// Who may answer, in order of the pool: one of them at random, unless session affinity
+    /// remembers one for the client. Empty unless it is forwarded.
+    pub answers: Vec<Answer>,
+}
+
+/// By what the class of a source is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ToldBy {
+    /// The source is in this network of pods.
+    PodNetwork(IpNet),
+    /// The source is an address local to the node.
+    LocalAddress,
+    /// It is neither, so it is from elsewhere.
+    Nothing,
+}
+
+/// The frontend that a packet is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Match<'a> {
+    /// Whose it is.
+    pub service: &'a ServicePlan,
+    /// The Service port.
+    pub port: &'a PortPlan,
+    /// Address and port.
+    pub frontend: &'a Frontend,
+}
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// No Service has the destination: it goes where the routes lead.
+    LeftAlone,
+    /// Its source may not use the address: it is dropped before anything else is decided.
+    SourceRefused,
+    /// What the frontend says for the class of its source.
+    Decided(Action),
+}
+
+/// One endpoint that may answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer {
+    /// The endpoint.
+    pub target: Target,
+    /// Why it sees an address of the node instead of the client's; `None` = it sees the client's.
+    pub masquerade: Option<Masquerade>,
+}
+
+/// Why a packet is masqueraded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Masquerade {
+    /// The action says so, for every target of the pool.
+    Action,
+    /// The client is the target: it would answer itself past the node.
+    Hairpin,
+}
+
+impl ForwardingPlan {
+    /// Follows a packet. `local` are the addresses local to the node, loopback ones among them,
+    /// as far as they are known: by them the node's own packets and, with
+    /// [`NodePortScope::AllLocal`], its node ports are told.
+    pub fn trace(&self, packet: &Packet, local: &[IpAddr]) -> Trace<'_> {
+        let (source, told_by) = self.node.classify(packet.source, local);
+        let matched = self.frontend(packet, local);
+        let verdict = match &matched {
+            None => Verdict::LeftAlone,
+            Some(it) if !it.frontend.allows(packet.source) => Verdict::SourceRefused,
+            Some(it) => Verdict::Decided(it.frontend.action(source)),
+        };
+        let answers = match (verdict, &matched) {
+            (Verdict::Decided(Action::Forward { pool, masquerade }), Some(it)) => {
+                it.port.answers(pool, masquerade, packet.source)
+            }
+            _ => Vec::new(),
+        };
+        Trace { source, told_by, matched, verdict, answers }
+    }
+
+    /// The frontend that a packet is for. One with an address comes before a node port.
+    fn frontend(&self, packet: &Packet, local: &[IpAddr]) -> Option<Match<'_>> {
+        if Family::of(packet.source) != Family::of(packet.destination) {
+            return None;
+        }
+        let by_address = |surface: Surface| surface.address() == Some(packet.destination);
+        let node_ports = self.node.has_node_ports_at(packet.destination, local);
+        let by_node_port = |surface: Surface| node_ports && surface == Surface::NodePort;
+        self.find(packet, by_address).or_else(|| self.find(packet, by_node_port))
+    }
+
+    fn find(&self, packet: &Packet, wanted: impl Fn(Surface) -> bool) -> Option<Match<'_>> {
+        self.services.values().find_map(|service| {
+            let ports = service.ports.iter().filter(|port| {
+                port.protocol == packet.protocol && port.family == Family::of(packet.destination)
+            });
+            let mut frontends =
+                ports.flat_map(|port| port.frontends.iter().map(move |frontend| (port, frontend)));
+            let (port, frontend) =
+                frontends.find(|(_, frontend)| frontend.port == packet.port && wanted(frontend.surface))?;
+            Some(Match { service, port, frontend })
+        })
+    }
+}
+
+impl NodePlan {
+    /// Class of a source. The first that matches counts: pod, then node, then anything else.
+    pub fn classify(&self, source: IpAddr, local: &[IpAddr]) -> (Source, ToldBy) {
+        let network = self.pods.as_ref().and_then(|pods| match pods {
+            PodSources::Cidrs(cidrs) => cidrs.iter().find(|cidr| cidr.contains(&source)),
+        });
+        match network {
+            Some(network) => (Source::Pod, ToldBy::PodNetwork(*network)),
+            None if local.contains(&source) => (Source::Node, ToldBy::LocalAddress),
+            None => (Source::Elsewhere, ToldBy::Nothing),
+        }
+    }
+
+    /// True where node ports answer at an address.
+    pub fn has_node_ports_at(&self, address: IpAddr, local: &[IpAddr]) -> bool {
+        let scope = match self.node_ports(Family::of(address)) {
+            NodePortScope::AllLocal => local,
+            NodePortScope::Addresses(addresses) => addresses,
+        };
+        scope.contains(&address) && !address.is_loopback()
+    }
+}
+
+impl Frontend {
+    /// True where a source may use it.
+    pub fn allows(&self, source: IpAddr) -> bool {
+        self.allowed_sources.as_ref().is_none_or(|ranges| ranges.iter().any(|range| range.contains(&source)))
+    }
+}
+
+impl PortPlan {
+    fn answers(&self, pool: Pool, masquerade: bool, source: IpAddr) -> Vec<Answer> {
+        let answer = |target: &Target| {
+            let meets_itself = target.address == source && self.hairpin.contains(target);
+            let masquerade = match (masquerade, meets_itself) {
+                (true, _) => Some(Masquerade::Action),
+                (false, true) => Some(Masquerade::Hairpin),
+                (false, false) => None,
+            };
+            Answer { target: *target, masquerade }
+        };
+        self.pool(pool).iter().map(answer).collect()
+    }
+}
+
+impl Match<'_> {
+    /// Name of the Service.
+    pub fn key(&self) -> &ServiceKey {
+        &self.service.key
+    }
+}
