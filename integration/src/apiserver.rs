@@ -272,7 +272,7 @@ impl Drop for Process {
 }
 
 /// The kinds that tests make.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// A Service.
     Service,
@@ -325,6 +325,11 @@ impl Cluster {
         object["apiVersion"] = kind.api_version().into();
         object["kind"] = kind.name().into();
         self.send("POST", &kind.path(&namespace), Some(&object)).await
+    }
+
+    /// Puts an object in the place of the one of that name, whatever has become of it since.
+    pub async fn replace(&self, kind: Kind, namespace: &str, name: &str, object: &Value) -> Result<Value> {
+        self.send("PUT", &format!("{}/{name}", kind.path(namespace)), Some(object)).await
     }
 
     /// Merges a patch into an object.

@@ -1,12 +1,14 @@
 //! The real kube-proxy in a lab, as what Lockstep is compared with.
 
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::Result;
+use serde_json::json;
 
 use crate::apiserver::peer;
 use crate::lab::{Lab, POD_CIDRS, Place};
-use crate::product::Process;
+use crate::product::{Mode, Process};
 
 /// How kube-proxy programs its kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,6 +19,16 @@ pub enum ProxyMode {
     IptablesLegacy,
     /// `--proxy-mode iptables`, with iptables-nft.
     IptablesNft,
+}
+
+impl From<Mode> for ProxyMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Nftables => ProxyMode::Nftables,
+            Mode::IptablesLegacy => ProxyMode::IptablesLegacy,
+            Mode::IptablesNft => ProxyMode::IptablesNft,
+        }
+    }
 }
 
 impl ProxyMode {
@@ -49,6 +61,33 @@ impl ProxyMode {
     }
 }
 
+/// Shortest time between two programmings. 0 would be taken for unset.
+const PROMPT: &str = "20ms";
+
+/// Starts kube-proxy on a node, so that it programs a change at once: by itself it waits for up
+/// to a second, to take in more. Which that is, only a file of settings can say.
+pub fn start_prompt(lab: &Lab, node: u8, mode: Mode, kubeconfig: &Path) -> Result<Process> {
+    let place = Place::Node(node);
+    let mode = ProxyMode::from(mode);
+    let name = format!("{}-{place}", mode.name());
+    let settings = json!({
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "mode": mode.flag(),
+        "hostnameOverride": place.to_string(),
+        "clusterCIDR": POD_CIDRS,
+        "clientConnection": {"kubeconfig": kubeconfig},
+        "iptables": {"minSyncPeriod": PROMPT, "syncPeriod": "30s"},
+        "nftables": {"minSyncPeriod": PROMPT, "syncPeriod": "30s"},
+        "conntrack": {"maxPerCore": 0, "min": 0},
+    });
+    let path = lab.directory().join(format!("{name}.json"));
+    std::fs::write(&path, settings.to_string())?;
+    let mut command = lab.command(place, peer("kube-proxy")?);
+    command.arg("--config").arg(path);
+    spawn(lab, &name, mode, command)
+}
+
 /// Starts kube-proxy on a node. `flags` come after, and so before, those that every run has.
 pub fn start(lab: &Lab, node: u8, mode: ProxyMode, kubeconfig: &Path, flags: &[&str]) -> Result<Process> {
     let place = Place::Node(node);
@@ -60,10 +99,14 @@ pub fn start(lab: &Lab, node: u8, mode: ProxyMode, kubeconfig: &Path, flags: &[&
     // The limit is one of the whole machine, which is not the lab's to change.
     command.args(["--conntrack-max-per-core", "0", "--conntrack-min", "0"]);
     command.args(flags);
+    spawn(lab, &name, mode, command)
+}
+
+fn spawn(lab: &Lab, name: &str, mode: ProxyMode, mut command: Command) -> Result<Process> {
     if let Some(flavour) = mode.flavour() {
         command.env("PATH", programs_of(lab, flavour)?);
     }
-    Process::spawn(lab, &name, command)
+    Process::spawn(lab, name, command)
 }
 
 /// A PATH on which `iptables` and its kin are those of one flavour: kube-proxy takes whichever

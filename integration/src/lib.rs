@@ -7,7 +7,9 @@
 //!   └─> product: control plane and agents inside ──> scenario: manifests, probes, expectations
 //! certificates: authorities and what they issue, on disk as Kubernetes mounts a Secret
 //! apiserver: a real Kubernetes API server, for the Kubernetes source
+//!   ├─> objects: manifests as its objects
 //!   └─> relay: the way to it from inside a lab ──> kube_proxy: the real one, on a node
+//!         └─> kube_proxy_cluster: in every mode at once, for scenarios to be played on
 //! control_plane, follower: the control plane as a process on loopback, and nodes without a kernel
 //! ```
 //!
@@ -22,8 +24,10 @@ pub mod control_plane;
 pub mod fixture;
 pub mod follower;
 pub mod kube_proxy;
+pub mod kube_proxy_cluster;
 pub mod lab;
 pub mod load;
+pub mod objects;
 pub mod product;
 pub mod relay;
 pub mod scenario;

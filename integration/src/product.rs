@@ -18,6 +18,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use crate::certificates::{Authority, Secret};
 use crate::lab::{Family, Lab, POD_CIDRS, Place};
+use crate::scenario::{Network, Proxy, Subject};
 use crate::traffic::{OTHER_POD_PORT, POD_PORT};
 
 /// Port of the control plane's gRPC server.
@@ -80,15 +81,7 @@ impl Product {
         let manifests = lab.directory().join("manifests");
         fs::create_dir_all(&manifests)?;
         let binaries = binaries()?;
-        let mut pods = Vec::new();
-        for pod in lab.pods() {
-            let mut command = lab.command(pod, program(&binaries, "lockstep-pod")?);
-            command.args([pod.to_string(), POD_PORT.to_string(), OTHER_POD_PORT.to_string()]);
-            pods.push(Process::spawn(&lab, &pod.to_string(), command)?);
-        }
-        for pod in &mut pods {
-            pod.wait_for_log("ready")?;
-        }
+        let pods = start_pods(&lab, &binaries)?;
         let agents = modes.iter().map(|_| None).collect();
         let modes = modes.to_vec();
         Ok(Self { agents, control_plane: None, _pods: pods, modes, manifests, binaries, secrets: None, lab })
@@ -247,18 +240,7 @@ impl Product {
 
     /// Node objects of all nodes, as a manifest.
     pub fn node_manifest(&self) -> String {
-        let mut text = String::new();
-        for node in 1..=self.lab.nodes() {
-            let place = Place::Node(node);
-            let (v4, v6) = (place.address(Family::V4), place.address(Family::V6));
-            text.push_str(&format!(
-                "---\napiVersion: v1\nkind: Node\nmetadata:\n  name: {place}\n  uid: uid-{place}\n\
-                 \x20 labels: {{topology.kubernetes.io/zone: zone{node}}}\n\
-                 spec:\n  podCIDRs: [10.244.{node}.0/24, 'fd00:244:{node}::/48']\n\
-                 status:\n  addresses:\n  - {{type: InternalIP, address: {v4}}}\n  - {{type: InternalIP, address: '{v6}'}}\n"
-            ));
-        }
-        text
+        node_manifest(self.lab.nodes())
     }
 
     /// Makes a change and waits until every node has verified the state after it.
@@ -411,6 +393,24 @@ impl Product {
     }
 }
 
+impl Subject for Product {
+    fn make(&mut self, objects: &str) -> Result<()> {
+        let name = "scenario.yaml";
+        if objects.is_empty() && !self.manifests.join(name).exists() {
+            return Ok(());
+        }
+        self.change(|product| match objects {
+            "" => product.remove_manifest(name),
+            _ => product.write_manifest(name, objects),
+        })
+    }
+
+    /// All nodes are taken to be in the mode of the first.
+    fn networks(&self) -> Vec<Network<'_>> {
+        vec![Network { lab: &self.lab, proxy: Proxy::Lockstep, mode: self.modes[0] }]
+    }
+}
+
 impl Process {
     pub(crate) fn spawn(lab: &Lab, name: &str, mut command: Command) -> Result<Self> {
         let log = lab.directory().join(format!("{name}.log"));
@@ -464,7 +464,7 @@ impl Process {
         found.with_context(|| format!("{}:\n{}", self.name, self.tail()))
     }
 
-    fn tail(&self) -> String {
+    pub(crate) fn tail(&self) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(15)..].join("\n")
@@ -516,6 +516,36 @@ pub fn wait_until<T>(
         ensure!(start.elapsed() < patience, "not within {} s: {what}", patience.as_secs());
         std::thread::sleep(POLL);
     }
+}
+
+/// Node objects of all nodes, as a manifest.
+pub(crate) fn node_manifest(nodes: u8) -> String {
+    let mut text = String::new();
+    for node in 1..=nodes {
+        let place = Place::Node(node);
+        let (v4, v6) = (place.address(Family::V4), place.address(Family::V6));
+        text.push_str(&format!(
+            "---\napiVersion: v1\nkind: Node\nmetadata:\n  name: {place}\n  uid: uid-{place}\n\
+             \x20 labels: {{topology.kubernetes.io/zone: zone{node}}}\n\
+             spec:\n  podCIDRs: [10.244.{node}.0/24, 'fd00:244:{node}::/48']\n\
+             status:\n  addresses:\n  - {{type: InternalIP, address: {v4}}}\n  - {{type: InternalIP, address: '{v6}'}}\n"
+        ));
+    }
+    text
+}
+
+/// Starts what answers: in every pod, and on every node, for endpoints in the host's network.
+pub(crate) fn start_pods(lab: &Lab, binaries: &Path) -> Result<Vec<Process>> {
+    let mut pods = Vec::new();
+    for place in lab.pods().chain((1..=lab.nodes()).map(Place::Node)) {
+        let mut command = lab.command(place, program(binaries, "lockstep-pod")?);
+        command.args([place.to_string(), POD_PORT.to_string(), OTHER_POD_PORT.to_string()]);
+        pods.push(Process::spawn(lab, &format!("pod-{place}"), command)?);
+    }
+    for pod in &mut pods {
+        pod.wait_for_log("ready")?;
+    }
+    Ok(pods)
 }
 
 /// Where cargo puts programs: beside this one, or above where it is a test.

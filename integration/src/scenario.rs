@@ -3,14 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::lab::{Family, Lab, Place};
-use crate::product::Product;
+use crate::product::Mode;
 use crate::traffic::{OTHER_POD_PORT, Outcome, POD_PORT, Transport, probe};
 
 /// Connections that look for an endpoint before it counts as missing: with three endpoints the
@@ -21,6 +21,58 @@ const TRIES: usize = 48;
 const STICKS: usize = 16;
 /// Connections that look for an endpoint that should not be there.
 const TRIES_AT_LEAST: usize = 8;
+
+/// What a scenario is played on.
+pub trait Subject {
+    /// Makes these objects all there are, but for what is always there, and waits until every
+    /// node has programmed them.
+    fn make(&mut self, objects: &str) -> Result<()>;
+
+    /// The networks that probes are sent in, all of them at the same time.
+    fn networks(&self) -> Vec<Network<'_>>;
+}
+
+/// A network and what programs its nodes.
+#[derive(Debug, Clone, Copy)]
+pub struct Network<'a> {
+    /// The network.
+    pub lab: &'a Lab,
+    /// Whose rules they are.
+    pub proxy: Proxy,
+    /// What the rules are made of.
+    pub mode: Mode,
+}
+
+/// Whose rules the kernels have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Proxy {
+    /// Ours.
+    Lockstep,
+    /// The real kube-proxy's.
+    KubeProxy,
+}
+
+/// What a difference may depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mechanism {
+    /// nftables.
+    Nftables,
+    /// iptables of either flavour.
+    Iptables,
+}
+
+/// Something that every scenario must leave alone.
+pub const ALWAYS: &str = "\
+apiVersion: v1
+kind: Service
+metadata: {name: always, namespace: default, uid: uid-always}
+spec:
+  clusterIP: 10.96.0.250
+  clusterIPs: [10.96.0.250]
+  ports: [{port: 80}]
+";
 
 /// One scenario.
 #[derive(Debug, Deserialize)]
@@ -81,6 +133,34 @@ pub struct Probe {
     pub pause: u64,
     /// What must become of them.
     pub expect: Expect,
+    /// Where something else must become of them; the first that applies counts.
+    #[serde(default)]
+    pub differs: Vec<Difference>,
+}
+
+/// What must become of the connections of a probe with some proxy or in some mode.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Difference {
+    /// With whom; unset = with both.
+    proxy: Option<Proxy>,
+    /// In which mode; unset = in every one.
+    mode: Option<Mechanism>,
+    /// What must become of them.
+    expect: Expect,
+    /// The row of `docs/parity.md` that says so: how it begins.
+    parity: String,
+}
+
+impl Difference {
+    fn concerns(&self, network: &Network<'_>) -> bool {
+        let mechanism = match network.mode {
+            Mode::Nftables => Mechanism::Nftables,
+            Mode::IptablesLegacy | Mode::IptablesNft => Mechanism::Iptables,
+        };
+        self.proxy.is_none_or(|proxy| proxy == network.proxy)
+            && self.mode.is_none_or(|mode| mode == mechanism)
+    }
 }
 
 /// What must become of the connections of a probe.
@@ -110,6 +190,42 @@ pub enum Expect {
     Unanswered,
 }
 
+/// A scenario in one family.
+#[derive(Debug)]
+pub struct Case {
+    /// `IPv4/cluster-ip`, after what whoever plays it puts before.
+    pub name: String,
+    /// Family.
+    pub family: Family,
+    /// File.
+    pub path: PathBuf,
+}
+
+/// Every scenario in both families, as far as its name has all of `filters` in it; sorted.
+pub fn cases(prefix: &str, filters: &[String]) -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
+    for path in files()? {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        for family in [Family::V4, Family::V6] {
+            let name = format!("{prefix}{family}/{stem}");
+            if filters.iter().all(|filter| name.contains(filter)) {
+                cases.push(Case { name, family, path: path.clone() });
+            }
+        }
+    }
+    cases.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(cases)
+}
+
+fn files() -> Result<Vec<PathBuf>> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+    let entries = std::fs::read_dir(&directory).with_context(|| directory.display().to_string())?;
+    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "yaml"));
+    files.sort();
+    Ok(files)
+}
+
 impl Scenario {
     /// Reads a file, with the addresses of one family in it.
     pub fn read(path: &Path, family: Family) -> Result<Self> {
@@ -119,33 +235,44 @@ impl Scenario {
     }
 
     /// Plays it. Its objects are gone afterwards. Err = what was not as expected.
-    pub fn play(&self, product: &Product) -> Result<()> {
+    pub fn play(&self, subject: &mut dyn Subject) -> Result<()> {
         let played =
             self.steps.iter().enumerate().try_for_each(|(index, step)| {
-                step.play(product).with_context(|| format!("step {}", index + 1))
+                step.play(subject).with_context(|| format!("step {}", index + 1))
             });
-        let removed = product.change(|product| product.remove_manifest("scenario.yaml"));
+        let removed = subject.make("");
         played.and(removed)
     }
 }
 
 impl Step {
-    fn play(&self, product: &Product) -> Result<()> {
+    fn play(&self, subject: &mut dyn Subject) -> Result<()> {
         if let Some(objects) = &self.objects {
-            product.change(|product| product.write_manifest("scenario.yaml", objects))?;
+            subject.make(objects)?;
         }
-        self.bound.iter().try_for_each(|bound| bound.ip(&product.lab, "add"))?;
-        let faults = self.probe_all(product);
-        self.bound.iter().try_for_each(|bound| bound.ip(&product.lab, "del"))?;
+        let networks = subject.networks();
+        self.bind(&networks, "add")?;
+        let faults = self.probe_all(&networks);
+        self.bind(&networks, "del")?;
         if faults.is_empty() { Ok(()) } else { bail!("{}", faults.join("\n")) }
     }
 
-    fn probe_all(&self, product: &Product) -> Vec<String> {
+    fn bind(&self, networks: &[Network<'_>], verb: &str) -> Result<()> {
+        let mut pairs =
+            networks.iter().flat_map(|network| self.bound.iter().map(move |bound| (bound, network)));
+        pairs.try_for_each(|(bound, network)| bound.ip(network.lab, verb))
+    }
+
+    fn probe_all(&self, networks: &[Network<'_>]) -> Vec<String> {
         let mut faults: Vec<String> = std::thread::scope(|scope| {
-            let running: Vec<_> = self
-                .probes
-                .iter()
-                .map(|probe| scope.spawn(|| probe.run(&product.lab).with_context(|| probe.to_string())))
+            let pairs =
+                networks.iter().flat_map(|network| self.probes.iter().map(move |probe| (probe, network)));
+            let running: Vec<_> = pairs
+                .map(|(probe, network)| {
+                    scope.spawn(move || {
+                        probe.run(network).with_context(|| format!("{}: {probe}", network.mode.name()))
+                    })
+                })
                 .collect();
             running
                 .into_iter()
@@ -161,10 +288,22 @@ impl Step {
 }
 
 impl Probe {
-    fn run(&self, lab: &Lab) -> Result<()> {
+    fn run(&self, network: &Network<'_>) -> Result<()> {
+        let Some(other) = self.differs.iter().find(|difference| difference.concerns(network)) else {
+            return self.becomes(&self.expect, network.lab);
+        };
+        let row = || format!("as {:?} says", other.parity);
+        self.becomes(&other.expect, network.lab).with_context(row)?;
+        match self.becomes(&self.expect, network.lab) {
+            Ok(()) => bail!("{} and it is as elsewhere, too: {:?}", row(), self.expect),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn becomes(&self, expect: &Expect, lab: &Lab) -> Result<()> {
         let from: Place = self.from.parse()?;
         let to = SocketAddr::new(self.to.parse().with_context(|| self.to.clone())?, self.port);
-        match &self.expect {
+        match expect {
             Expect::Refused => expect_only(&Outcome::Refused, &probe(lab, from, self.protocol, to)?),
             Expect::Dropped => expect_only(&Outcome::Timeout, &probe(lab, from, self.protocol, to)?),
             Expect::Unanswered => match probe(lab, from, self.protocol, to)? {
@@ -279,22 +418,38 @@ fn value(name: &str, family: Family) -> Result<String> {
 mod tests {
     use super::*;
 
-    fn files() -> Vec<std::path::PathBuf> {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-        let mut files: Vec<_> =
-            std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
-        files.retain(|path| path.extension().is_some_and(|extension| extension == "yaml"));
-        files.sort();
-        files
-    }
-
     #[test]
     fn every_scenario_can_be_read_and_sends_something() {
-        assert!(!files().is_empty());
-        for path in files() {
+        let files = files().unwrap();
+        assert!(!files.is_empty());
+        for path in files {
             for family in [Family::V4, Family::V6] {
                 let scenario = Scenario::read(&path, family).unwrap();
                 assert!(scenario.steps.iter().all(|step| !step.probes.is_empty()), "{}", path.display());
+            }
+        }
+    }
+
+    /// The first column of every table of `docs/parity.md`.
+    fn matters() -> Vec<String> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/parity.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let rows = text.lines().filter_map(|line| line.strip_prefix("| "));
+        rows.filter_map(|row| row.split_once(" |")).map(|(matter, _)| matter.to_owned()).collect()
+    }
+
+    #[test]
+    fn every_difference_has_its_row_in_the_list_of_differences() {
+        let matters = matters();
+        for path in files().unwrap() {
+            let scenario = Scenario::read(&path, Family::V4).unwrap();
+            for difference in scenario.steps.iter().flat_map(|step| &step.probes).flat_map(|it| &it.differs) {
+                let row = &difference.parity;
+                assert!(
+                    matters.iter().any(|matter| matter.starts_with(row.as_str())),
+                    "{}: docs/parity.md has no row that begins with {row:?}",
+                    path.display()
+                );
             }
         }
     }

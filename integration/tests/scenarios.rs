@@ -5,20 +5,13 @@
 
 #![allow(clippy::print_stdout, reason = "its report is its output")]
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use lockstep_integration::lab::{Family, Lab};
+use lockstep_integration::lab::Lab;
 use lockstep_integration::product::{Mode, Product};
-use lockstep_integration::scenario::Scenario;
-
-struct Case {
-    name: String,
-    family: Family,
-    path: PathBuf,
-}
+use lockstep_integration::scenario::{ALWAYS, Scenario, cases};
 
 fn main() -> ExitCode {
     let filters: Vec<String> =
@@ -50,18 +43,18 @@ fn main() -> ExitCode {
 
 /// Plays the cases of one mode; returns how many passed and failed.
 fn play(mode: Mode, filters: &[String]) -> (usize, usize) {
-    let cases = match cases(mode, filters) {
+    let cases = match cases(&format!("{}/", mode.name()), filters) {
         Ok(cases) if cases.is_empty() => return (0, 0),
         Ok(cases) => cases,
         Err(error) => return failed_to_start(mode, &error),
     };
-    let product = match start(mode) {
+    let mut product = match start(mode) {
         Ok(product) => product,
         Err(error) => return failed_to_start(mode, &error),
     };
     let (mut passed, mut failed) = (0, 0);
     for case in cases {
-        match Scenario::read(&case.path, case.family).and_then(|scenario| scenario.play(&product)) {
+        match Scenario::read(&case.path, case.family).and_then(|scenario| scenario.play(&mut product)) {
             Ok(()) => {
                 passed += 1;
                 println!("test {} ... ok", case.name);
@@ -88,35 +81,4 @@ fn start(mode: Mode) -> Result<Product> {
     product.write_manifest("always.yaml", ALWAYS)?;
     product.start().context("start the product")?;
     Ok(product)
-}
-
-/// Something that every scenario must leave alone.
-const ALWAYS: &str = "\
-apiVersion: v1
-kind: Service
-metadata: {name: always, namespace: default, uid: uid-always}
-spec:
-  clusterIP: 10.96.0.250
-  clusterIPs: [10.96.0.250]
-  ports: [{port: 80}]
-";
-
-fn cases(mode: Mode, filters: &[String]) -> Result<Vec<Case>> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-    let mut cases = Vec::new();
-    for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.extension().is_none_or(|extension| extension != "yaml") {
-            continue;
-        }
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        for family in [Family::V4, Family::V6] {
-            let name = format!("{}/{family}/{stem}", mode.name());
-            if filters.iter().all(|filter| name.contains(filter)) {
-                cases.push(Case { name, family, path: path.clone() });
-            }
-        }
-    }
-    cases.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(cases)
 }

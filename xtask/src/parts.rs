@@ -112,6 +112,13 @@ pub(crate) const PARTS: &[Part] = &[
         needs_root: true,
     },
     Part {
+        name: "differential",
+        about: "every scenario with the real kube-proxy, every mode of it",
+        in_everything: true,
+        steps: &[Step::Integration("differential")],
+        needs_root: true,
+    },
+    Part {
         name: "product",
         about: "the whole product: kills under load, restarts, broken input, foreign rules, TLS",
         in_everything: true,

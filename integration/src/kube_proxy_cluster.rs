@@ -1,0 +1,180 @@
+//! A cluster whose nodes run the real kube-proxy, once per mode, all at one API server: every
+//! change of objects is made once and looked at in all modes.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use tokio::runtime::Runtime;
+
+use crate::apiserver::ApiServer;
+use crate::kube_proxy;
+use crate::lab::{Family, Lab, Place};
+use crate::objects::Objects;
+use crate::product::{Mode, PATIENCE, Process, binaries, node_manifest, start_pods, wait_until};
+use crate::relay::Relay;
+use crate::scenario::{Network, Proxy, Subject};
+use crate::traffic::{Outcome, POD_PORT, Transport, probe_within};
+
+/// How long the marker's answer is waited for before it is asked again.
+const MARKER_PATIENCE: Duration = Duration::from_millis(50);
+
+/// Networks of the same shape, one per mode. Fields end in order: who asks before who answers.
+#[derive(Debug)]
+pub struct KubeProxyCluster {
+    networks: Vec<ProxyNetwork>,
+    _always: Objects,
+    server: ApiServer,
+    runtime: Runtime,
+}
+
+/// The network of one mode.
+#[derive(Debug)]
+struct ProxyNetwork {
+    mode: Mode,
+    proxies: Vec<Process>,
+    _pods: Vec<Process>,
+    lab: Lab,
+}
+
+/// Somebody's share of the cluster: objects of its own, beside those of others.
+#[derive(Debug)]
+pub struct Share<'a> {
+    cluster: &'a KubeProxyCluster,
+    objects: Objects,
+    marker: Marker,
+}
+
+/// A Service that changes after all else, so that who sees its change has everything before.
+///
+/// kube-proxy acknowledges nothing. It takes Services and EndpointSlices from two watches, each
+/// in order, and programs all it has in one go. So the marker changes in both: its port is of
+/// the Service, its endpoint of the slice.
+#[derive(Debug)]
+struct Marker {
+    number: u8,
+    objects: Objects,
+    changes: u16,
+}
+
+impl KubeProxyCluster {
+    /// Starts everything: `nodes` nodes with `pods` pods each, in every mode. `always` are
+    /// objects beside everybody's.
+    pub fn start(nodes: u8, pods: u8, always: &str) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let server = runtime.block_on(ApiServer::start())?;
+        let mut objects = Objects::new(runtime.block_on(server.cluster())?);
+        // A node finds its own addresses once, at the start.
+        runtime.block_on(objects.make(&format!("{}---\n{always}", node_manifest(nodes))))?;
+        let networks = Mode::ALL.map(|mode| ProxyNetwork::start(mode, Lab::new(nodes, pods)?, &server));
+        let networks = networks.into_iter().collect::<Result<_>>()?;
+        Ok(Self { networks, _always: objects, server, runtime })
+    }
+
+    /// The share of number `number`.
+    pub fn share(&self, number: u8) -> Result<Share<'_>> {
+        let objects = || anyhow::Ok(Objects::new(self.runtime.block_on(self.server.cluster())?));
+        let marker = Marker { number, objects: objects()?, changes: 0 };
+        Ok(Share { cluster: self, objects: objects()?, marker })
+    }
+
+    /// Waits until every node of every mode has the last change of a marker, in both families.
+    fn wait_for(&self, marker: &Marker) -> Result<()> {
+        for network in &self.networks {
+            for node in 1..=network.lab.nodes() {
+                for family in [Family::V4, Family::V6] {
+                    let place = Place::Node(node);
+                    wait_until("kube-proxy has what was changed", PATIENCE, || {
+                        Ok(marker.is_seen(&network.lab, place, family)?.then_some(()))
+                    })
+                    .with_context(|| format!("{}, {place}, {family}", network.mode.name()))
+                    .with_context(|| network.logs())?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Subject for Share<'_> {
+    fn make(&mut self, objects: &str) -> Result<()> {
+        self.cluster.runtime.block_on(async {
+            self.objects.make(objects).await?;
+            self.marker.change().await
+        })?;
+        self.cluster.wait_for(&self.marker)
+    }
+
+    fn networks(&self) -> Vec<Network<'_>> {
+        let all = self.cluster.networks.iter();
+        all.map(|it| Network { lab: &it.lab, proxy: Proxy::KubeProxy, mode: it.mode }).collect()
+    }
+}
+
+impl ProxyNetwork {
+    fn start(mode: Mode, lab: Lab, server: &ApiServer) -> Result<Self> {
+        let pods = start_pods(&lab, &binaries()?)?;
+        let relay = Relay::open(&lab, server)?;
+        let start = |node| kube_proxy::start_prompt(&lab, node, mode, relay.kubeconfig());
+        let proxies = (1..=lab.nodes()).map(start).collect::<Result<_>>()?;
+        Ok(Self { mode, proxies, _pods: pods, lab })
+    }
+
+    fn logs(&self) -> String {
+        self.proxies.iter().map(|process| format!("{}\n", process.tail())).collect()
+    }
+}
+
+impl Marker {
+    fn address(&self, family: Family) -> String {
+        match family {
+            Family::V4 => format!("10.96.255.{}", self.number),
+            Family::V6 => format!("fd00:96::ff{:02x}", self.number),
+        }
+    }
+
+    fn port(&self) -> u16 {
+        1024 + self.changes
+    }
+
+    fn pod(&self) -> Place {
+        Place::Pod(1 + u8::from(self.changes.is_multiple_of(2)), 1)
+    }
+
+    async fn change(&mut self) -> Result<()> {
+        self.changes += 1;
+        let name = format!("marker-{}", self.number);
+        let addresses = [Family::V4, Family::V6].map(|family| self.address(family));
+        let service = json!({
+            "kind": "Service",
+            "metadata": {"name": name},
+            "spec": {
+                "clusterIP": addresses[0],
+                "clusterIPs": addresses,
+                "ipFamilyPolicy": "RequireDualStack",
+                "ports": [{"name": "tcp", "port": self.port()}],
+            },
+        });
+        let mut manifests = service.to_string();
+        for family in [Family::V4, Family::V6] {
+            let slice = json!({
+                "kind": "EndpointSlice",
+                "metadata": {
+                    "name": format!("{name}-{}", family.to_string().to_lowercase()),
+                    "labels": {"kubernetes.io/service-name": name},
+                },
+                "addressType": family.to_string(),
+                "ports": [{"name": "tcp", "port": POD_PORT}],
+                "endpoints": [{"addresses": [self.pod().address(family)]}],
+            });
+            manifests.push_str(&format!("\n---\n{slice}"));
+        }
+        self.objects.make(&manifests).await
+    }
+
+    fn is_seen(&self, lab: &Lab, from: Place, family: Family) -> Result<bool> {
+        let to = std::net::SocketAddr::new(self.address(family).parse()?, self.port());
+        let outcome = probe_within(lab, from, Transport::Tcp, to, MARKER_PATIENCE)?;
+        Ok(matches!(outcome, Outcome::Answered { by, .. } if by == self.pod()))
+    }
+}
