@@ -29,6 +29,7 @@ pub mod lab;
 pub mod load;
 pub mod objects;
 pub mod product;
+pub mod random;
 pub mod relay;
 pub mod scenario;
 pub mod simulator;

@@ -374,8 +374,13 @@ impl Product {
 
     fn ask<T: Send>(
         &self,
-        call: impl AsyncFn(StatusServiceClient<Channel>) -> Result<tonic::Response<T>, tonic::Status> + Send,
+        call: impl AsyncFnOnce(StatusServiceClient<Channel>) -> Result<tonic::Response<T>, tonic::Status> + Send,
     ) -> Result<T> {
+        self.call(async move |channel| Ok(call(StatusServiceClient::new(channel)).await?.into_inner()))
+    }
+
+    /// Calls the control plane, as whoever operates it.
+    pub(crate) fn call<T: Send>(&self, call: impl AsyncFnOnce(Channel) -> Result<T> + Send) -> Result<T> {
         let mut endpoint =
             Endpoint::from_shared(self.url())?.timeout(PATIENCE).connect_timeout(Duration::from_secs(2));
         if let Some(Secrets { operator, .. }) = &self.secrets {
@@ -385,10 +390,7 @@ impl Product {
         }
         self.lab.inside(Place::Fabric, move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(async {
-                let client = StatusServiceClient::new(endpoint.connect().await?);
-                Ok(call(client).await?.into_inner())
-            })
+            runtime.block_on(async { call(endpoint.connect().await?).await })
         })?
     }
 }

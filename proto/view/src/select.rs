@@ -158,10 +158,11 @@ impl<'a> Candidates<'a> {
         self.list.iter().filter(serves).map(|it| it.target).collect()
     }
 
-    /// Those of the pools in use that run on this node.
+    /// Those of the pools in use that run on this node, or may: who writes a slice by hand need not
+    /// say where an endpoint is.
     pub fn hairpin(&self, facts: &Facts, cluster: bool, local: &[Target]) -> Vec<Target> {
         let met = |it: &&Candidate<'_>| {
-            is_local(it.endpoint, facts)
+            it.endpoint.node_name.as_ref().is_none_or(|name| **name == *facts.node)
                 && (cluster && self.in_cluster(it.endpoint, facts) || local.binary_search(&it.target).is_ok())
         };
         self.list.iter().filter(met).map(|it| it.target).collect()

@@ -227,7 +227,8 @@ impl<'a> Oracle<'a> {
             local.clear();
         }
         let both: BTreeSet<Target> = cluster.iter().chain(&local).copied().collect();
-        let hairpin = both.into_iter().filter(|target| here(all[target])).collect();
+        let unknown = |it: &Endpoint| it.node_name.is_none();
+        let hairpin = both.into_iter().filter(|target| here(all[target]) || unknown(all[target])).collect();
         let serves = |it: &Endpoint| it.conditions.ready || it.conditions.serving;
         let mut serving: Vec<Target> = Vec::new();
         if protocol == Protocol::Udp {

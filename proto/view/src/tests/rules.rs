@@ -104,14 +104,15 @@ fn a_running_endpoint_beats_a_terminating_one_with_its_address() {
 }
 
 #[test]
-fn hairpin_holds_the_targets_on_this_node() {
+fn hairpin_holds_the_targets_that_may_be_on_this_node() {
     let mut cluster = Cluster::new(config());
     let web = service("a/web", &["172.30.0.1"]);
     cluster.put(web.clone());
-    let endpoints = vec![endpoint("10.1.0.1", "n1", READY), endpoint("10.1.0.2", "n2", READY)];
+    let nodes = [("10.1.0.1", "n1"), ("10.1.0.2", "n2"), ("10.1.0.3", "")];
+    let endpoints = nodes.map(|(address, node)| endpoint(address, node, READY)).to_vec();
     cluster.put(slice(&web, "s1", endpoints));
     let plan = cluster.plan(&web);
-    assert_eq!(texts(&only_port(&plan).hairpin), ["10.1.0.1:8080"]);
+    assert_eq!(texts(&only_port(&plan).hairpin), ["10.1.0.1:8080", "10.1.0.3:8080"]);
     assert!(only_port(&plan).local.is_empty(), "no frontend uses it");
 }
 

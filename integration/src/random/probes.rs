@@ -1,0 +1,165 @@
+//! Sends the connections, in every network at the same time, and holds what became of them
+//! against what must.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use fastrand::Rng;
+
+use crate::lab::{Lab, Place};
+use crate::product::Mode;
+use crate::random::expectation::{Circumstances, Expected, Plans};
+use crate::random::objects::Door;
+use crate::scenario::{Network, Proxy};
+use crate::traffic::{Outcome, Transport, probe};
+
+/// Probes that run at the same time in one network.
+const AT_ONCE: usize = 24;
+/// Connections that look for an endpoint that should not be there.
+const TRIES_AT_LEAST: usize = 6;
+/// Connections for each endpoint of a pool until one that never answered counts as missing:
+/// among six, the odds of missing one by chance are 1 in 10,000,000,000.
+const TRIES_EACH: usize = 24;
+
+/// Connections from one place to one address.
+#[derive(Debug, Clone)]
+pub struct Probe {
+    from: Place,
+    to: SocketAddr,
+    transport: Transport,
+    expected: Expected,
+}
+
+/// Who asks at which door, and what must become of it: `most` of all the pairs there are.
+pub fn generate(rng: &mut Rng, lab: &Lab, plans: &Plans, doors: &[Door], most: usize) -> Result<Vec<Probe>> {
+    let mut clients: Vec<Place> = lab.pods().collect();
+    clients.extend((1..=lab.nodes()).map(Place::Node));
+    clients.push(Place::Outside);
+    let mut pairs = Vec::new();
+    for door in doors {
+        for to in plans.addresses(door) {
+            pairs.extend(clients.iter().map(|from| (*from, to, door.transport)));
+        }
+    }
+    rng.shuffle(&mut pairs);
+    let mut probes = Vec::new();
+    for (from, to, transport) in pairs {
+        let expected = plans.expect(from, to, transport)?;
+        if expected != Expected::Unclear && probes.len() < most {
+            probes.push(Probe { from, to, transport, expected });
+        }
+    }
+    Ok(probes)
+}
+
+/// Sends all of them in all networks. Returns what was not as it must be.
+pub fn send(networks: &[Network<'_>], probes: &[Probe]) -> Vec<String> {
+    let mut faults: Vec<String> = thread::scope(|scope| {
+        let mut running = Vec::new();
+        for network in networks {
+            let next = std::sync::Arc::new(AtomicUsize::new(0));
+            for _ in 0..AT_ONCE {
+                let next = next.clone();
+                running.push(scope.spawn(move || {
+                    let mut faults = Vec::new();
+                    while let Some(probe) = probes.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        if let Err(error) = probe.run(network) {
+                            faults.push(format!(
+                                "{:?} {}: {probe}: {error:#}",
+                                network.proxy,
+                                network.mode.name()
+                            ));
+                        }
+                    }
+                    faults
+                }));
+            }
+        }
+        let joined = running.into_iter().map(|thread| thread.join());
+        joined.flat_map(|faults| faults.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    faults.sort();
+    faults
+}
+
+/// What else may become of a connection with the real kube-proxy: a row of `docs/parity.md`
+/// each.
+fn differs(network: &Network<'_>, expected: &Expected) -> Option<Wanted> {
+    if network.proxy == Proxy::Lockstep || network.mode == Mode::Nftables {
+        return None;
+    }
+    match expected {
+        // "the node dials an external or load-balancer address of a Service without endpoints"
+        Expected::Refused(Circumstances { from_node: true, external_address: true, .. }) => {
+            Some(Wanted::NoAnswer)
+        }
+        // "a source outside `loadBalancerSourceRanges`, Service without endpoints"
+        Expected::Dropped(Circumstances { no_endpoints: true, from_node, .. }) => {
+            Some(if *from_node { Wanted::NoAnswer } else { Wanted::Refused })
+        }
+        _ => None,
+    }
+}
+
+/// What a single connection must come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Refused,
+    Dropped,
+    NoAnswer,
+}
+
+impl Wanted {
+    fn check(self, outcome: &Outcome) -> Result<()> {
+        let good = match self {
+            Wanted::Refused => *outcome == Outcome::Refused,
+            Wanted::Dropped => *outcome == Outcome::Timeout,
+            Wanted::NoAnswer => !matches!(outcome, Outcome::Answered { .. }),
+        };
+        if good { Ok(()) } else { bail!("expected: {self:?}; got: {outcome}") }
+    }
+}
+
+impl Probe {
+    fn run(&self, network: &Network<'_>) -> Result<()> {
+        if let Some(wanted) = differs(network, &self.expected) {
+            return wanted.check(&self.connect(network.lab)?);
+        }
+        match &self.expected {
+            Expected::Refused(_) => Wanted::Refused.check(&self.connect(network.lab)?),
+            Expected::Dropped(_) => Wanted::Dropped.check(&self.connect(network.lab)?),
+            Expected::LeftAlone => Wanted::NoAnswer.check(&self.connect(network.lab)?),
+            Expected::Unclear => Ok(()),
+            Expected::Answers { by, affinity } => {
+                let mut answered = BTreeSet::new();
+                for attempt in 1..=by.len() * TRIES_EACH {
+                    let outcome = self.connect(network.lab)?;
+                    let Outcome::Answered { by: pod, source } = outcome else {
+                        bail!("attempt {attempt}: {outcome}");
+                    };
+                    let seen = by.get(&pod).with_context(|| format!("attempt {attempt}: {outcome}"))?;
+                    ensure!(seen.owns(source), "{outcome}, which is not an address of {seen}");
+                    answered.insert(pod);
+                    if attempt >= TRIES_AT_LEAST && (*affinity || answered.len() == by.len()) {
+                        return Ok(());
+                    }
+                }
+                bail!("only these answered: {answered:?}")
+            }
+        }
+    }
+
+    fn connect(&self, lab: &Lab) -> Result<Outcome> {
+        probe(lab, self.from, self.transport, self.to)
+    }
+}
+
+impl std::fmt::Display for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { from, to, transport, expected } = self;
+        write!(f, "{from} -> {to} {transport:?}, expected {expected:?}")
+    }
+}

@@ -1,0 +1,80 @@
+//! Random clusters: what the kernels do with packets, in every mode of ours and of the real
+//! kube-proxy, is what a plain reading of the plan says. Needs root and the real programs.
+//!
+//! `LOCKSTEP_SEEDS=1,2,3` plays these seeds and no others.
+
+#![allow(clippy::print_stdout, reason = "a seed is what is needed to see a failure again")]
+
+use anyhow::{Context, Result, ensure};
+use fastrand::Rng;
+use lockstep_integration::kube_proxy_cluster::KubeProxyCluster;
+use lockstep_integration::lab::Lab;
+use lockstep_integration::product::{Mode, Product};
+use lockstep_integration::random::expectation::Plans;
+use lockstep_integration::random::{objects, probes};
+use lockstep_integration::scenario::{Network, Subject};
+
+const NODES: u8 = 3;
+const PODS: u8 = 2;
+/// Probes per cluster and network.
+const PROBES: usize = 240;
+/// Seeds that once showed a fault, with which it was.
+const KEPT: [u64; 0] = [];
+/// New seeds per run.
+const FRESH: usize = 2;
+
+#[test]
+fn packets_go_where_a_plain_reading_of_the_plan_says() -> Result<()> {
+    let seeds = seeds()?;
+    let mut ours = ours()?;
+    let theirs = KubeProxyCluster::start(NODES, PODS, "")?;
+    let mut theirs = theirs.share(1)?;
+    let mut faults = Vec::new();
+    for seed in seeds {
+        println!("seed {seed}: LOCKSTEP_SEEDS={seed} plays it again");
+        let found = play(seed, &mut ours, &mut theirs).with_context(|| format!("seed {seed}"))?;
+        faults.extend(found.into_iter().map(|fault| format!("seed {seed}: {fault}")));
+    }
+    let shown: Vec<&str> = faults.iter().take(60).map(String::as_str).collect();
+    ensure!(faults.is_empty(), "{} faults:\n{}", faults.len(), shown.join("\n"));
+    Ok(())
+}
+
+/// Two clusters after one another: the second is what the first becomes, so that changes of
+/// every kind are programmed, too.
+fn play(seed: u64, ours: &mut [Product], theirs: &mut dyn Subject) -> Result<Vec<String>> {
+    let mut rng = Rng::with_seed(seed);
+    let mut faults = Vec::new();
+    for step in ["first", "then"] {
+        let cluster = objects::generate(&mut rng, &ours[0].lab);
+        for subject in ours.iter_mut() {
+            subject.make(&cluster.manifests)?;
+        }
+        theirs.make(&cluster.manifests)?;
+        let plans = Plans::of(&ours[0])?;
+        let probes = probes::generate(&mut rng, &ours[0].lab, &plans, &cluster.doors, PROBES)?;
+        let mut networks: Vec<Network<'_>> = ours.iter().flat_map(Subject::networks).collect();
+        networks.extend(theirs.networks());
+        let found = probes::send(&networks, &probes);
+        println!("  {step}: {} probes in {} networks, {} faults", probes.len(), networks.len(), found.len());
+        faults.extend(found.into_iter().map(|fault| format!("{step}: {fault}")));
+    }
+    Ok(faults)
+}
+
+fn ours() -> Result<Vec<Product>> {
+    let start = |mode| {
+        let mut product = Product::new(Lab::new(NODES, PODS)?, &[mode; NODES as usize])?;
+        product.write_manifest("nodes.yaml", &product.node_manifest())?;
+        product.start().with_context(|| format!("{mode:?}"))?;
+        Ok(product)
+    };
+    Mode::ALL.into_iter().map(start).collect()
+}
+
+fn seeds() -> Result<Vec<u64>> {
+    if let Ok(asked) = std::env::var("LOCKSTEP_SEEDS") {
+        return asked.split(',').map(|seed| seed.trim().parse().context("LOCKSTEP_SEEDS")).collect();
+    }
+    Ok(KEPT.into_iter().chain(std::iter::repeat_with(|| fastrand::u64(..)).take(FRESH)).collect())
+}
