@@ -22,6 +22,7 @@ use crate::traffic::Transport;
 /// The plan of every node, from what a control plane serves.
 #[derive(Debug)]
 pub struct Plans {
+    state: State,
     /// By node, from 1.
     nodes: Vec<ForwardingPlan>,
 }
@@ -35,6 +36,8 @@ pub enum Expected {
         by: BTreeMap<Place, Place>,
         /// A client keeps to one of them.
         affinity: bool,
+        /// One of them is the client itself, and no slice says on which node it is.
+        client_without_node: bool,
     },
     /// ICMP error or reset.
     Refused(Circumstances),
@@ -74,7 +77,8 @@ impl Plans {
             }
             Ok((snapshot(SyncServiceClient::new(channel)).await?, contexts))
         })?;
-        Ok(Self { nodes: contexts.into_iter().map(|node| plan(&state, node)).collect::<Result<_>>()? })
+        let nodes = contexts.into_iter().map(|node| plan(&state, node)).collect::<Result<_>>()?;
+        Ok(Self { state, nodes })
     }
 
     /// What must become of a connection.
@@ -92,11 +96,11 @@ impl Plans {
         let first = first_node(from, to.ip());
         let trace = self.trace(first, &packet)?;
         if trace.verdict != Verdict::LeftAlone {
-            return translate(from, first, &trace, false);
+            return self.translate(from, first, &trace, false);
         }
         // It goes on to the node that has the address, which decides for itself.
         match (1..=self.count()).find(|node| Place::Node(*node).address(family) == to.ip()) {
-            Some(other) if other != first => translate(from, other, &self.trace(other, &packet)?, true),
+            Some(other) if other != first => self.translate(from, other, &self.trace(other, &packet)?, true),
             _ => Ok(Expected::LeftAlone),
         }
     }
@@ -108,6 +112,48 @@ impl Plans {
     fn trace(&self, node: u8, packet: &Packet) -> Result<Trace<'_>> {
         let plan = self.nodes.get(usize::from(node) - 1).with_context(|| format!("no node{node}"))?;
         Ok(plan.trace(packet, &local_addresses(node)))
+    }
+
+    /// From what a node decides to what is seen from outside. `detour`: the packet came to it by
+    /// another node.
+    fn translate(&self, from: Place, node: u8, trace: &Trace<'_>, detour: bool) -> Result<Expected> {
+        let Some(matched) = &trace.matched else { return Ok(Expected::LeftAlone) };
+        let circumstances = Circumstances {
+            from_node: from == Place::Node(node),
+            external_address: matches!(
+                matched.frontend.surface,
+                Surface::ExternalIp(_) | Surface::LoadBalancerIp(_)
+            ),
+            no_endpoints: matched.frontend.action(trace.source) == Action::Reject,
+        };
+        match trace.verdict {
+            Verdict::LeftAlone => Ok(Expected::LeftAlone),
+            Verdict::SourceRefused | Verdict::Decided(Action::Drop) => Ok(Expected::Dropped(circumstances)),
+            Verdict::Decided(Action::Reject) => Ok(Expected::Refused(circumstances)),
+            Verdict::Decided(Action::Forward { .. }) => {
+                ensure!(!trace.answers.is_empty(), "{} forwards to nobody", matched.key());
+                let mut by = BTreeMap::new();
+                for answer in &trace.answers {
+                    let pod = pod_at(answer.target.address)
+                        .with_context(|| format!("{} is no pod", answer.target.address))?;
+                    let seen = if answer.masquerade.is_some() { Place::Node(node) } else { from };
+                    // The answer would not come back by this node, and the client knows nobody of
+                    // the pod's address.
+                    if detour && seen == from && on_node(pod) != Some(node) {
+                        return Ok(Expected::Unclear);
+                    }
+                    by.insert(pod, seen);
+                }
+                let affinity = matched.port.affinity_seconds.is_some();
+                let client_without_node = by.contains_key(&from) && self.without_node(matched.key(), from);
+                Ok(Expected::Answers { by, affinity, client_without_node })
+            }
+        }
+    }
+
+    fn without_node(&self, service: &ServiceKey, pod: Place) -> bool {
+        let mut endpoints = self.state.endpoint_sets(service).flat_map(|set| &set.endpoints);
+        endpoints.any(|it| it.node_name.is_none() && pod.address(family_of(it.address)) == it.address)
     }
 
     /// Every address and port of a door, and who may be asked about it.
@@ -176,41 +222,6 @@ fn first_node(from: Place, to: IpAddr) -> u8 {
             [0x2001, 0xdb8, node, ..] => u8::try_from(node).unwrap_or(1),
             _ => 1,
         },
-    }
-}
-
-/// From what a node decides to what is seen from outside. `detour`: the packet came to it by
-/// another node.
-fn translate(from: Place, node: u8, trace: &Trace<'_>, detour: bool) -> Result<Expected> {
-    let Some(matched) = &trace.matched else { return Ok(Expected::LeftAlone) };
-    let circumstances = Circumstances {
-        from_node: from == Place::Node(node),
-        external_address: matches!(
-            matched.frontend.surface,
-            Surface::ExternalIp(_) | Surface::LoadBalancerIp(_)
-        ),
-        no_endpoints: matched.frontend.action(trace.source) == Action::Reject,
-    };
-    match trace.verdict {
-        Verdict::LeftAlone => Ok(Expected::LeftAlone),
-        Verdict::SourceRefused | Verdict::Decided(Action::Drop) => Ok(Expected::Dropped(circumstances)),
-        Verdict::Decided(Action::Reject) => Ok(Expected::Refused(circumstances)),
-        Verdict::Decided(Action::Forward { .. }) => {
-            ensure!(!trace.answers.is_empty(), "{} forwards to nobody", matched.key());
-            let mut by = BTreeMap::new();
-            for answer in &trace.answers {
-                let pod = pod_at(answer.target.address)
-                    .with_context(|| format!("{} is no pod", answer.target.address))?;
-                let seen = if answer.masquerade.is_some() { Place::Node(node) } else { from };
-                // The answer would not come back by this node, and the client knows nobody of
-                // the pod's address.
-                if detour && seen == from && on_node(pod) != Some(node) {
-                    return Ok(Expected::Unclear);
-                }
-                by.insert(pod, seen);
-            }
-            Ok(Expected::Answers { by, affinity: matched.port.affinity_seconds.is_some() })
-        }
     }
 }
 
