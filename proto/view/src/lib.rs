@@ -13,6 +13,7 @@ mod claims;
 mod config;
 pub mod decide;
 pub mod explain;
+mod interface;
 pub mod plan;
 pub mod select;
 mod service;
@@ -22,6 +23,7 @@ mod tests;
 mod view;
 
 pub use backend::Backend;
-pub use config::{Facts, NodePortAddresses, ViewConfig, load_balancers_may_use};
+pub use config::{DetectLocal, Facts, NodePortAddresses, ViewConfig, load_balancers_may_use};
+pub use interface::{InterfaceName, InvalidInterface};
 pub use plan::*;
 pub use view::{Changed, View};
