@@ -145,6 +145,7 @@ fn plan() -> ForwardingPlan {
         pods: Some(PodSources::Cidrs(cidrs.into())),
         node_ports_v4: NodePortScope::AllLocal,
         node_ports_v6: NodePortScope::AllLocal,
+        localhost_node_ports: false,
         masquerade_mark: 0x4000,
     };
     ForwardingPlan { node, services: services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect() }

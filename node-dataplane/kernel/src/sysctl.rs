@@ -69,8 +69,7 @@ impl Tree {
             return Ok(());
         }
         let opened = std::fs::OpenOptions::new().write(true).open(self.0.join(key));
-        let failed =
-            |source| SysctlError { key: key.to_owned(), doing: format!("write {value}"), source };
+        let failed = |source| SysctlError { key: key.to_owned(), doing: format!("write {value}"), source };
         opened.map(drop).map_err(failed)
     }
 }

@@ -250,7 +250,8 @@ impl Draw {
     pub(super) fn config(&mut self) -> ViewConfig {
         let cidrs = self.some(&CLUSTER_CIDRS.map(|cidr| cidr.parse().unwrap()));
         let name = |text| InterfaceName::new(text).unwrap();
-        let scopes = [vec!["192.168.0.0/24"], vec!["192.168.0.0/16", "127.0.0.0/16", "::1/128"], vec!["0.0.0.0/0"]];
+        let scopes =
+            [vec!["192.168.0.0/24"], vec!["192.168.0.0/16", "127.0.0.0/16", "::1/128"], vec!["0.0.0.0/0"]];
         let [some, with_loopback, every] = scopes.map(|scope| {
             NodePortAddresses::Cidrs(scope.into_iter().map(|cidr| cidr.parse().unwrap()).collect())
         });

@@ -11,7 +11,8 @@ use lockstep_model::{
 };
 
 use crate::{
-    Action, Conflict, DetectLocal, Frontend, HealthCheck, NodePortAddresses, Pool, PortPlan, ServicePlan, Surface, Target, ViewConfig,
+    Action, Conflict, DetectLocal, Frontend, HealthCheck, NodePortAddresses, Pool, PortPlan, ServicePlan,
+    Surface, Target, ViewConfig,
 };
 
 pub(super) struct Oracle<'a> {
@@ -294,7 +295,9 @@ impl<'a> Oracle<'a> {
         any_local: bool,
     ) -> Action {
         let detector = match &self.config.detect_local {
-            DetectLocal::ClusterCidrs(ranges) => ranges.iter().any(|range| Family::of(range.addr()) == family),
+            DetectLocal::ClusterCidrs(ranges) => {
+                ranges.iter().any(|range| Family::of(range.addr()) == family)
+            }
             DetectLocal::NodeCidrs => {
                 self.node.pod_cidrs.iter().any(|range| Family::of(range.addr()) == family)
             }

@@ -5,8 +5,8 @@ use lockstep_model::{EndpointPort, Family, Key, Protocol, ServiceType, TrafficPo
 use super::cluster::*;
 use crate::explain::{Exclusion, explain};
 use crate::{
-    Action, DetectLocal, Facts, HealthCheck, InterfaceName, NodePortAddresses, NodePortScope, PodSources, Pool,
-    PortPlan, ServicePlan, Surface, Target, ViewConfig, load_balancers_may_use,
+    Action, DetectLocal, Facts, HealthCheck, InterfaceName, NodePortAddresses, NodePortScope, PodSources,
+    Pool, PortPlan, ServicePlan, Surface, Target, ViewConfig, load_balancers_may_use,
 };
 
 /// `address:port` of a pool.
