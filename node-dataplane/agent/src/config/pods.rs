@@ -8,7 +8,7 @@ use lockstep_view::{DetectLocal, InterfaceName};
 /// Flags that say how pods are told from others.
 #[derive(Debug, Clone, Args)]
 pub struct PodFlags {
-    /// How packets of pods are told from others, which are masqueraded at cluster IPs.
+    /// How packets of pods are told from others. Where they can be, others are masqueraded at cluster IPs.
     #[arg(long, env = "LOCKSTEP_DETECT_LOCAL_MODE", default_value = "ClusterCIDR", value_name = "MODE")]
     pub detect_local_mode: DetectLocalMode,
     /// ClusterCIDR: address ranges of the cluster's pods. Without one of a family, its pods are not told.
