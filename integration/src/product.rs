@@ -53,6 +53,7 @@ pub struct Product {
     control_plane: Option<Process>,
     _pods: Vec<Process>,
     modes: Vec<Mode>,
+    agent_flags: Vec<String>,
     manifests: PathBuf,
     binaries: PathBuf,
     /// `None` = plaintext.
@@ -84,7 +85,18 @@ impl Product {
         let pods = start_pods(&lab, &binaries)?;
         let agents = modes.iter().map(|_| None).collect();
         let modes = modes.to_vec();
-        Ok(Self { agents, control_plane: None, _pods: pods, modes, manifests, binaries, secrets: None, lab })
+        let agent_flags = vec![format!("--cluster-cidr={POD_CIDRS}")];
+        Ok(Self {
+            agents,
+            control_plane: None,
+            _pods: pods,
+            modes,
+            agent_flags,
+            manifests,
+            binaries,
+            secrets: None,
+            lab,
+        })
     }
 
     /// From now on, everybody shows a certificate and asks for one.
@@ -137,6 +149,12 @@ impl Product {
         self.modes[usize::from(node) - 1] = mode;
     }
 
+    /// From the next start of an agent on, these are its flags beside those that say where it is, who it is
+    /// and its mode. Until then: the cluster's pods by their addresses.
+    pub fn set_agent_flags(&mut self, flags: &[&str]) {
+        self.agent_flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+    }
+
     /// What an agent keeps on disk.
     pub fn state_directory(&self, node: u8, name: &str) -> PathBuf {
         self.lab.directory().join(format!("state-{}-{name}", Place::Node(node)))
@@ -159,7 +177,7 @@ impl Product {
         fs::create_dir_all(&state)?;
         let mut command = self.lab.command(place, program(&self.binaries, "lockstep-node")?);
         command.args(["--node-name", name]).args(security);
-        command.args(["--cluster-cidr", POD_CIDRS, "--state-dir"]).arg(state);
+        command.arg("--state-dir").arg(state).args(&self.agent_flags);
         command.args(self.modes[usize::from(node) - 1].flags());
         // The limit is one of the whole machine, which is not the lab's to change.
         command.args(["--conntrack-max-per-core", "0"]);

@@ -243,6 +243,10 @@ COMMIT
 COMMIT
 ";
 
+/// kubelet's guard of the loopback, IPv4 alone. Node ports at 127.0.0.1 need the same.
+const LIKE_KUBELET: &str = "KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" \
+    -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP";
+
 /// Gives every node what other programs have in the kernel.
 fn add_foreign_rules(product: &Product) -> Result<()> {
     let files = product.lab.directory().to_path_buf();
@@ -254,6 +258,9 @@ fn add_foreign_rules(product: &Product) -> Result<()> {
         for tool in ["iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"] {
             let restore = format!("{tool}-restore < {}", files.join("foreign.iptables").display());
             product.lab.tool(place, &["sh", "-c", &restore])?;
+            if !tool.starts_with("ip6") {
+                product.lab.tool(place, &["sh", "-c", &format!("{tool} -A {LIKE_KUBELET}")])?;
+            }
         }
     }
     Ok(())

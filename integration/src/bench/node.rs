@@ -9,7 +9,7 @@ use lockstep_client::{Identity, Now, Session};
 use lockstep_kernel::netns;
 use lockstep_kernel::nf_tables::Kernel;
 use lockstep_model::{NodeContext, ServiceKey, State};
-use lockstep_view::{Backend, View, ViewConfig};
+use lockstep_view::{Backend, DetectLocal, View, ViewConfig};
 use lockstep_wire::{batch, v1};
 
 use super::cluster::{CLUSTER_CIDR, NODE, Replaced, Upstream};
@@ -81,7 +81,8 @@ struct Node {
 
 /// A view of the node that is measured.
 pub(super) fn view(node: NodeContext) -> Result<View> {
-    let config = ViewConfig { cluster_cidrs: vec![CLUSTER_CIDR.parse()?], ..ViewConfig::new(NODE) };
+    let detect_local = DetectLocal::ClusterCidrs(vec![CLUSTER_CIDR.parse()?]);
+    let config = ViewConfig { detect_local, ..ViewConfig::new(NODE) };
     let mut view = View::new(config);
     view.set_node(node);
     Ok(view)

@@ -7,13 +7,17 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::builder::BoolishValueParser;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use lockstep_client::transport::{ConfigError, Files, Security, Servers};
-use lockstep_view::NodePortAddresses;
+use lockstep_view::{DetectLocal, NodePortAddresses};
 use tracing_subscriber::EnvFilter;
 
 use crate::conntrack::settings::Settings;
+
+mod pods;
+
+pub use pods::{DetectLocalMode, PodFlags};
 
 /// The configuration cannot be used.
 pub const EXIT_CONFIG: u8 = 2;
@@ -83,9 +87,9 @@ pub struct RunArguments {
     /// Which iptables. auto: the one that already holds rules on this host.
     #[arg(long, env = "LOCKSTEP_IPTABLES_FLAVOUR", default_value = "auto")]
     pub iptables_flavour: IptablesFlavour,
-    /// Address ranges of the cluster's pods: traffic to cluster IPs from elsewhere is masqueraded.
-    #[arg(long, env = "LOCKSTEP_CLUSTER_CIDR", value_delimiter = ',', value_name = "CIDR")]
-    pub cluster_cidr: Vec<IpNet>,
+    /// Which packets are pods'.
+    #[command(flatten)]
+    pub pods: PodFlags,
     /// Where node ports answer: at the node's addresses inside these CIDRs, or `primary`: at the
     /// first address of its Node object. Default: every local address in iptables mode, primary in
     /// nftables mode.
@@ -96,6 +100,20 @@ pub struct RunArguments {
         value_name = "CIDR[,CIDR]|primary"
     )]
     pub nodeport_addresses: Vec<String>,
+    /// In iptables mode, node ports answer the node itself at 127.0.0.1 too, where --nodeport-addresses
+    /// does not leave it out; sets the sysctl net.ipv4.conf.all.route_localnet.
+    #[arg(
+        long,
+        env = "LOCKSTEP_IPTABLES_LOCALHOST_NODEPORTS",
+        default_value_t = true,
+        default_missing_value = "true",
+        num_args = 0..=1,
+        require_equals = true,
+        action = ArgAction::Set,
+        value_parser = BoolishValueParser::new(),
+        value_name = "BOOL"
+    )]
+    pub iptables_localhost_nodeports: bool,
     /// Masquerades everything that is sent to a cluster IP.
     #[arg(long, env = "LOCKSTEP_MASQUERADE_ALL", value_parser = BoolishValueParser::new())]
     pub masquerade_all: bool,
@@ -182,10 +200,12 @@ pub struct Config {
     pub mode: Mode,
     /// As on the command line.
     pub iptables_flavour: IptablesFlavour,
-    /// Address ranges of pods, host bits zero.
-    pub cluster_cidrs: Vec<IpNet>,
+    /// How pods are told from others.
+    pub detect_local: DetectLocal,
     /// Where node ports answer; `None` = where the backend's mode has them.
     pub nodeport_addresses: Option<NodePortAddresses>,
+    /// As on the command line.
+    pub localhost_nodeports: bool,
     /// As on the command line.
     pub masquerade_all: bool,
     /// As on the command line.
@@ -213,16 +233,14 @@ impl RunArguments {
         }
         let state_dir =
             self.state_dir.clone().context("--state-dir is needed: a directory that survives restarts")?;
-        if let Some(cidr) = self.cluster_cidr.iter().find(|cidr| cidr.trunc() != **cidr) {
-            bail!("--cluster-cidr {cidr}: the host bits are not zero, did you mean {}?", cidr.trunc());
-        }
         Ok(Config {
             node_name,
             servers: self.servers()?,
             mode: self.mode,
             iptables_flavour: self.iptables_flavour,
-            cluster_cidrs: self.cluster_cidr.clone(),
+            detect_local: self.pods.check()?,
             nodeport_addresses: self.nodeport_addresses()?,
+            localhost_nodeports: self.iptables_localhost_nodeports,
             masquerade_all: self.masquerade_all,
             masquerade_bit: self.iptables_masquerade_bit,
             state_dir,
@@ -337,7 +355,7 @@ mod tests {
     #[test]
     fn the_fixed_command_line_is_understood() {
         let config = check(&GOOD).unwrap();
-        assert_eq!(config.cluster_cidrs.len(), 2);
+        assert!(matches!(config.detect_local, DetectLocal::ClusterCidrs(cidrs) if cidrs.len() == 2));
         assert_eq!(config.healthz, "0.0.0.0:10256".parse().unwrap());
         assert_eq!(config.metrics, "127.0.0.1:10249".parse().unwrap());
         assert_eq!(config.mode, Mode::Nftables);
@@ -362,6 +380,19 @@ mod tests {
         magic[6] = "--mode=magic";
         assert!(check(&magic).unwrap_err().contains("magic"));
         assert!(with("--healthz=here").contains("healthz"));
+    }
+
+    #[test]
+    fn node_ports_at_localhost_are_on_unless_they_are_turned_off() {
+        for (arguments, on) in [
+            (&[][..], true),
+            (&["--iptables-localhost-nodeports"], true),
+            (&["--iptables-localhost-nodeports=true"], true),
+            (&["--iptables-localhost-nodeports=false"], false),
+        ] {
+            assert_eq!(check(&[&GOOD[..], arguments].concat()).unwrap().localhost_nodeports, on);
+        }
+        assert!(check(&[&GOOD[..], &["--iptables-localhost-nodeports=2"]].concat()).is_err());
     }
 
     #[test]

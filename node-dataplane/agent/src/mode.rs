@@ -9,11 +9,14 @@ use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::exec::{Processes, Run};
 use lockstep_kernel::nf_tables::{self, Kernel};
 use lockstep_kernel::{Errno, netlink};
+use lockstep_model::NodeContext;
 use lockstep_view::backend::Description;
 use lockstep_view::{Backend, ViewConfig};
 
 use crate::config::{Config, IptablesFlavour, Mode};
 
+/// [`Description::mode`] of the backend to which the flags `--iptables-*` speak.
+const IPTABLES: &str = "iptables";
 /// The table of a kube-proxy in nftables mode, in each family.
 const KUBE_PROXY_TABLE: &str = "kube-proxy";
 
@@ -130,14 +133,28 @@ fn asked_for(run: &Arc<dyn Run>, flavour: Flavour) -> anyhow::Result<Choice> {
 /// How the view decides for a backend, where the operator leaves it to the backend.
 pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
     let node_port_addresses = config.nodeport_addresses.as_ref().unwrap_or(&description.node_port_addresses);
-    ViewConfig {
+    let mut decided = ViewConfig {
         families: description.families.clone(),
-        cluster_cidrs: config.cluster_cidrs.clone(),
+        detect_local: config.detect_local.clone(),
         node_port_addresses: node_port_addresses.clone(),
+        localhost_node_ports: config.localhost_nodeports,
         masquerade_all: config.masquerade_all,
         masquerade_bit: config.masquerade_bit,
         ..ViewConfig::new(config.node_name.as_str())
+    };
+    if let Err(why) = &description.localhost_node_ports {
+        let unknown = NodeContext::unknown(config.node_name.as_str());
+        // That another mode has none is no news: the flag is on unless it is turned off.
+        if description.mode == IPTABLES && decided.node_plan(&unknown, &[]).localhost_node_ports {
+            tracing::warn!(
+                cause = why,
+                "node ports do not answer at 127.0.0.1, everything else goes on; \
+                 --iptables-localhost-nodeports=false says that they need not"
+            );
+        }
+        decided.localhost_node_ports = false;
     }
+    decided
 }
 
 /// Removes what is ours: of one mode, or (auto) of each. One outcome per kernel interface: the
@@ -196,5 +213,39 @@ fn kube_proxy_tables() -> Result<Option<Vec<String>>, netlink::Error> {
         Ok(found) => Ok(Some(found)),
         Err(error) if error.errno().is_some_and(Errno::is_unsupported) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+    use lockstep_model::Family;
+    use lockstep_view::NodePortAddresses;
+
+    use super::*;
+    use crate::config::Arguments;
+
+    fn decided(mode: &'static str, able: Result<(), String>, flags: &[&str]) -> ViewConfig {
+        let always =
+            ["lockstep-node", "--node-name=a", "--state-dir=/x", "--control-plane=http://a:1", "--insecure"];
+        let arguments = Arguments::try_parse_from([&always[..], flags].concat()).unwrap();
+        let description = Description {
+            mode,
+            version: String::new(),
+            families: Family::ALL.to_vec(),
+            features: Vec::new(),
+            node_port_addresses: NodePortAddresses::AllLocal,
+            localhost_node_ports: able,
+        };
+        view_config(&arguments.run.check().unwrap(), &description)
+    }
+
+    #[test]
+    fn node_ports_answer_at_localhost_where_operator_and_backend_want_it() {
+        let cannot = || Err("read-only".to_owned());
+        assert!(decided(IPTABLES, Ok(()), &[]).localhost_node_ports);
+        assert!(!decided(IPTABLES, Ok(()), &["--iptables-localhost-nodeports=false"]).localhost_node_ports);
+        assert!(!decided(IPTABLES, cannot(), &[]).localhost_node_ports);
+        assert!(!decided("nftables", cannot(), &["--nodeport-addresses=0.0.0.0/0"]).localhost_node_ports);
     }
 }

@@ -362,7 +362,14 @@ impl Reconciler {
     fn node_changed(&mut self, now: Now) {
         let node = self.session.node();
         if node.uid.is_some() {
-            tracing::info!(node = %node.name, zone = node.zone.as_deref(), addresses = ?node.addresses, "this node's facts");
+            tracing::info!(node = %node.name, zone = node.zone.as_deref(), addresses = ?node.addresses, pod_cidrs = ?node.pod_cidrs, "this node's facts");
+            if node.pod_cidrs.is_empty() && self.view.follows_pod_cidrs() {
+                tracing::warn!(
+                    node = %node.name,
+                    "the Node object has no spec.podCIDRs, so --detect-local-mode NodeCIDR tells no pods from others: they \
+                     have no short circuit, and nobody is masqueraded at cluster IPs"
+                );
+            }
         } else if self.confirmed {
             self.warn_of_no_node();
         }

@@ -65,7 +65,7 @@ fn run(config: &Config) -> anyhow::Result<ExitCode> {
     lockstep_kernel::memory::map_large_pieces();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"), node = config.node_name, mode = ?config.mode,
-        cluster_cidrs = ?config.cluster_cidrs, state_dir = %config.state_dir.display(), "starting"
+        pods = ?config.detect_local, state_dir = %config.state_dir.display(), "starting"
     );
     // The lock comes first: two agents must not even probe at the same time.
     let (cache, restored) = match Cache::open(&config.state_dir, &config.node_name) {

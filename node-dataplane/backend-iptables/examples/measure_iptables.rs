@@ -92,6 +92,7 @@ impl Bench {
             pods: Some(PodSources::Cidrs(vec!["10.128.0.0/9".parse()?])),
             node_ports_v4: NodePortScope::AllLocal,
             node_ports_v6: NodePortScope::AllLocal,
+            localhost_node_ports: false,
             masquerade_mark: 0x4000,
         };
         let all = (0..services).map(|index| service(index, endpoints, 0));

@@ -5,17 +5,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lockstep_kernel::exec::Run;
-use lockstep_kernel::sysctl;
+use lockstep_kernel::sysctl::Tree;
 use lockstep_model::{Family, Feature, ServiceKey};
 use lockstep_view::backend::{
     Applied, Audit, Backend, BackendError, Description, Drift, FailureKind, ServiceFailure,
 };
-use lockstep_view::{ForwardingPlan, NodePortAddresses};
+use lockstep_view::{Action, ForwardingPlan, NodePortAddresses, ServicePlan, Surface};
 
 use crate::check;
 use crate::choose;
 use crate::cleanup::cleanup;
 use crate::family::FamilyState;
+use crate::localnet::RouteLocalnet;
 use crate::names::{ChainName, Shared, Table};
 use crate::observe::Snapshot;
 use crate::read_back::read_back;
@@ -28,6 +29,7 @@ pub struct Iptables {
     version: String,
     families: Vec<FamilyState>,
     watch: Watch,
+    localnet: RouteLocalnet,
     /// Families of this walk that are not audited yet.
     unaudited: Vec<Family>,
     /// Time that audits may still take.
@@ -41,7 +43,11 @@ const LIBERAL: &str = "net/netfilter/nf_conntrack_tcp_be_liberal";
 impl Iptables {
     /// Opens a flavour. IPv6 is left out where its tool does not work, and that is logged.
     pub fn open(run: Arc<dyn Run>, flavour: Flavour) -> Result<Self, ToolError> {
-        let liberal = matches!(sysctl::read(LIBERAL), Ok(Some(value)) if value != "0");
+        Self::open_on(run, flavour, Tree::kernel())
+    }
+
+    pub(crate) fn open_on(run: Arc<dyn Run>, flavour: Flavour, sysctls: Tree) -> Result<Self, ToolError> {
+        let liberal = matches!(sysctls.read(LIBERAL), Ok(Some(value)) if value != "0");
         let mut families = Vec::new();
         let mut version = String::new();
         for family in Family::ALL {
@@ -64,9 +70,9 @@ impl Iptables {
                 (Err(error), Family::V6) => tracing::warn!(%error, "IPv4 only: ip6tables does not work"),
             }
         }
-        let watch = Watch::new(flavour);
+        let (watch, localnet) = (Watch::new(flavour), RouteLocalnet::new(sysctls));
         let (unaudited, credit, cost) = (Vec::new(), Duration::ZERO, Duration::ZERO);
-        Ok(Self { flavour, version, families, watch, unaudited, credit, cost })
+        Ok(Self { flavour, version, families, watch, localnet, unaudited, credit, cost })
     }
 
     /// The flavour in use.
@@ -95,7 +101,7 @@ impl Iptables {
 
     /// One answer of the families' answers: an error only where nothing at all was written.
     fn applied(
-        &self,
+        &mut self,
         doing: &str,
         plan: &ForwardingPlan,
         results: Vec<(Family, Result<usize, ToolError>)>,
@@ -131,13 +137,41 @@ impl Iptables {
                 });
             }
         }
+        let mut objects_changed = objects_changed;
+        if self.has_localhost() {
+            objects_changed += usize::from(self.localnet.turn_on());
+            if let Some(fault) = self.localnet.fault() {
+                let concerned = plan.services.iter().filter(|(_, service)| forwards_node_ports(service));
+                for (key, _) in concerned {
+                    failures.entry(key.clone()).or_insert_with(|| ServiceFailure {
+                        service: key.clone(),
+                        kind: FailureKind::Kernel,
+                        message: fault.clone(),
+                        previous_in_force: true,
+                    });
+                }
+            }
+        }
         Ok(Applied { objects_changed, failures: failures.into_values().collect() })
+    }
+
+    /// True where node ports answer at loopback addresses, by rules that are written: the guard
+    /// came with them.
+    fn has_localhost(&self) -> bool {
+        self.families.iter().any(|state| state.terms.as_ref().is_some_and(|terms| terms.localhost))
     }
 
     fn failed(&self, family: Family, doing: &str, error: ToolError) -> BackendError {
         let doing = format!("iptables {} {family:?}: {doing}", self.flavour);
         BackendError { doing, source: Box::new(error) }
     }
+}
+
+/// True where a node port of the Service leads somewhere in IPv4.
+fn forwards_node_ports(service: &ServicePlan) -> bool {
+    let ports = service.ports.iter().filter(|port| port.family == Family::V4);
+    let mut node_ports = ports.flat_map(|port| &port.frontends).filter(|at| at.surface == Surface::NodePort);
+    node_ports.any(|at| matches!(at.from_node, Action::Forward { .. }))
 }
 
 impl Backend for Iptables {
@@ -150,6 +184,10 @@ impl Backend for Iptables {
             families: self.families.iter().map(|state| state.tool.family).collect(),
             features: features.into_iter().filter(can).collect(),
             node_port_addresses: NodePortAddresses::AllLocal,
+            localhost_node_ports: match self.families.iter().any(|state| state.abilities.guard) {
+                true => self.localnet.is_possible(),
+                false => Err("the rule that guards the loopback is refused".to_owned()),
+            },
         }
     }
 
@@ -193,6 +231,7 @@ impl Backend for Iptables {
         for (family, result) in results {
             drift.extend(result.map_err(|error| self.failed(family, "read back", error))?);
         }
+        drift.extend(self.localnet.drift().filter(|_| self.has_localhost()));
         Ok(drift)
     }
 
@@ -215,6 +254,9 @@ impl Backend for Iptables {
         if let Some(state) = self.families.iter().find(|state| state.tool.family == family) {
             let saved = state.tool.save().map_err(|error| self.failed(family, "audit", error))?;
             drift = check::compare(state, &Snapshot::parse(&saved), None, &Shared::ALL);
+            if state.terms.as_ref().is_some_and(|terms| terms.localhost) {
+                drift.extend(self.localnet.drift());
+            }
         }
         self.credit = Duration::ZERO;
         self.cost = started.elapsed();

@@ -8,6 +8,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use crate::diff::Kept;
 use crate::family::{FamilyState, Touched};
 use crate::fixed::{self, Terms};
+use crate::guard;
 use crate::names::{self, ChainName, Shared, Table};
 use crate::observe::{self, Snapshot};
 
@@ -74,6 +75,9 @@ impl Check<'_> {
                 self.report(jumps.table, jumps.chain, "jumps differ");
             }
         }
+        if terms.localhost {
+            self.guard();
+        }
         if !self.shared.contains(&Shared::Services) {
             return;
         }
@@ -82,6 +86,17 @@ impl Check<'_> {
         let end = rules.len().saturating_sub(tail.len());
         if !rules[end..].iter().map(|rule| observe::canonical(rule)).eq(tail) {
             self.report(Table::Nat, Shared::Services.chain(), "does not end in the jump to the node ports");
+        }
+    }
+
+    /// Others may have rules in these chains.
+    fn guard(&mut self) {
+        let needed = guard::ENTRANCES.map(|chain| (chain, guard::JUMP));
+        for (chain, needed) in needed.into_iter().chain([(guard::CHAIN, guard::RULE)]) {
+            let mut found = self.snapshot.rules(Table::Filter, chain).into_iter().map(observe::canonical);
+            if !found.any(|rule| rule == needed) {
+                self.report(Table::Filter, chain, format!("lacks {needed}"));
+            }
         }
     }
 

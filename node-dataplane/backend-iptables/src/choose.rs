@@ -6,6 +6,7 @@ use lockstep_kernel::exec::Run;
 use lockstep_model::Family;
 
 use crate::family::Abilities;
+use crate::guard;
 use crate::tool::{Flavour, Tool, ToolError};
 
 /// A flavour and why it was taken.
@@ -122,6 +123,7 @@ pub(crate) fn abilities(tool: &Tool) -> Result<Abilities, ToolError> {
             "nat",
             format!("-m recent --rcheck --seconds 1 --reap --name {SCRATCH} --rsource -j RETURN"),
         )?,
+        guard: tool.family == Family::V4 && can("filter", guard::RULE.to_owned())?,
         sctp: can("nat", format!("-p sctp -m sctp -j DNAT --to-destination {end}"))?,
     })
 }

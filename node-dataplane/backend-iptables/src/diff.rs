@@ -10,6 +10,7 @@ use lockstep_model::ServiceKey;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::fixed::{self, Terms};
+use crate::guard;
 use crate::input::{Change, Op, Owner};
 use crate::names::{self, ChainName, Shared, Table};
 use crate::observe::{self, Snapshot};
@@ -167,6 +168,9 @@ impl<'a> KernelDiff<'a> {
         }
         for jumps in fixed::jumps() {
             self.jumps(jumps, &mut ops);
+        }
+        if self.terms.localhost {
+            ops.extend(guard::missing(self.snapshot));
         }
         self.tail(&mut ops);
         Change { owner: Owner::Everybody, ops }

@@ -23,6 +23,8 @@ pub(crate) struct Abilities {
     pub(crate) random_fully: bool,
     pub(crate) recent: bool,
     pub(crate) sctp: bool,
+    /// The guard of the loopback can be written.
+    pub(crate) guard: bool,
 }
 
 /// Why a Service is not in force as planned.

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use lockstep_model::Family;
 use lockstep_view::{NodePlan, NodePortScope, PodSources};
 
+use crate::guard;
 use crate::names::{self, Shared, Table};
 
 /// What differs between hosts in the rules of one family.
@@ -13,13 +14,47 @@ use crate::names::{self, Shared, Table};
 pub(crate) struct Terms {
     pub(crate) family: Family,
     pub(crate) mark: u32,
-    /// Sources that are pods.
-    pub(crate) pods: Vec<String>,
+    /// What the packets of pods have, each by itself.
+    pub(crate) pods: Vec<PodMatch>,
     pub(crate) scope: Scope,
+    /// Node ports answer at loopback addresses too.
+    pub(crate) localhost: bool,
     /// The tool and the kernel know `MASQUERADE --random-fully`.
     pub(crate) random_fully: bool,
     /// The kernel lets TCP packets that its tracker does not understand pass.
     pub(crate) liberal: bool,
+}
+
+/// What a rule can ask a packet for, to know that it is a pod's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum PodMatch {
+    /// A range of source addresses.
+    Source(String),
+    /// The interface it came in by, with `+` behind the beginning of a name.
+    Interface(String),
+}
+
+impl PodMatch {
+    /// What goes before `-p`, in the tools' order, with a match of the destination among it.
+    pub(crate) fn and(&self, destination: &str) -> String {
+        match self {
+            PodMatch::Source(range) => format!("-s {range} {destination}"),
+            PodMatch::Interface(name) => format!("{destination}-i {name} "),
+        }
+    }
+
+    /// The same for everybody else.
+    pub(crate) fn not(&self, destination: &str) -> String {
+        match self {
+            PodMatch::Source(range) => format!("! -s {range} {destination}"),
+            PodMatch::Interface(name) => format!("{destination}! -i {name} "),
+        }
+    }
+
+    /// True where every packet has it.
+    pub(crate) fn is_everybody(&self) -> bool {
+        matches!(self, PodMatch::Source(range) if range.ends_with("/0"))
+    }
 }
 
 /// [`NodePortScope`] of one family.
@@ -35,30 +70,49 @@ impl Terms {
             Some(PodSources::Cidrs(cidrs)) => cidrs
                 .iter()
                 .filter(|cidr| Family::of(cidr.addr()) == family)
-                .map(|cidr| cidr.trunc().to_string())
+                .map(|cidr| PodMatch::Source(cidr.trunc().to_string()))
                 .collect(),
+            Some(PodSources::Interface(name)) => vec![PodMatch::Interface(name.to_string())],
+            Some(PodSources::InterfacePrefix(prefix)) => vec![PodMatch::Interface(format!("{prefix}+"))],
             None => Vec::new(),
         };
+        let localhost = node.has_localhost_node_ports(family);
         let scope = match node.node_ports(family) {
             NodePortScope::AllLocal => Scope::AllLocal,
             NodePortScope::Addresses(all) => Scope::Addresses(
-                all.iter().copied().filter(|ip| Family::of(*ip) == family && !ip.is_loopback()).collect(),
+                all.iter()
+                    .copied()
+                    .filter(|ip| Family::of(*ip) == family && (localhost || !ip.is_loopback()))
+                    .collect(),
             ),
         };
-        Self { family, mark: node.masquerade_mark, pods, scope, random_fully, liberal }
+        Self { family, mark: node.masquerade_mark, pods, scope, localhost, random_fully, liberal }
     }
 
     /// The destination match of node ports, one per rule that is needed: what goes before
     /// `-p`, and what goes after the comment.
+    ///
+    /// Loopback addresses are for the node's own connections. kube-proxy also takes what comes for
+    /// them from outside, which then passes the guard, because it is translated by then.
     pub(crate) fn node_port_matches(&self) -> Vec<(String, &'static str)> {
+        const LOCAL: &str = "-m addrtype --dst-type LOCAL ";
         match (&self.scope, self.family) {
             (Scope::AllLocal, Family::V4) => {
-                vec![("! -d 127.0.0.0/8 ".to_owned(), "-m addrtype --dst-type LOCAL ")]
+                let mut matches = vec![("! -d 127.0.0.0/8 ".to_owned(), LOCAL)];
+                if self.localhost {
+                    let own = "-m addrtype --src-type LOCAL --dst-type LOCAL ";
+                    matches.push(("-d 127.0.0.0/8 ".to_owned(), own));
+                }
+                matches
             }
-            (Scope::AllLocal, Family::V6) => {
-                vec![("! -d ::1/128 ".to_owned(), "-m addrtype --dst-type LOCAL ")]
-            }
-            (Scope::Addresses(all), _) => all.iter().map(|ip| (format!("-d {} ", host(*ip)), "")).collect(),
+            (Scope::AllLocal, Family::V6) => vec![("! -d ::1/128 ".to_owned(), LOCAL)],
+            (Scope::Addresses(all), _) => all
+                .iter()
+                .map(|ip| {
+                    let own = if ip.is_loopback() { "-m addrtype --src-type LOCAL " } else { "" };
+                    (format!("-d {} ", host(*ip)), own)
+                })
+                .collect(),
         }
     }
 }
@@ -107,7 +161,8 @@ pub(crate) fn jumps() -> Vec<Jumps> {
 /// The chains that are the same whatever Services there are, and those that lead to ours.
 pub(crate) fn chains(terms: &Terms) -> Vec<(Table, &'static str)> {
     let fixed = bodies(terms).into_iter().map(|(table, chain, _)| (table, chain));
-    fixed.chain(jumps().into_iter().map(|jumps| (jumps.table, jumps.chain))).collect()
+    let guard = terms.localhost.then_some((Table::Filter, guard::CHAIN));
+    fixed.chain(guard).chain(jumps().into_iter().map(|jumps| (jumps.table, jumps.chain))).collect()
 }
 
 /// True for a rule of a built-in chain that leads into a fixed chain of ours.

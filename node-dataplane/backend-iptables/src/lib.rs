@@ -13,14 +13,16 @@
 //! the shared chains, never a shared chain as a whole.
 //!
 //! What is ours, also to a process that starts anew: in nat and filter the chains that
-//! kube-proxy makes (see `names`), and jumps from built-in chains into them. `KUBE-FIREWALL`,
-//! `KUBE-KUBELET-CANARY` and `KUBE-IPTABLES-HINT` are kubelet's and never touched. A fresh process
+//! kube-proxy makes (see `names`), and jumps from built-in chains into them. `KUBE-KUBELET-CANARY` and
+//! `KUBE-IPTABLES-HINT` are kubelet's and never touched; `KUBE-FIREWALL` is shared with kubelet, see
+//! `guard`: what is missing of it is added, and nothing is taken away. A fresh process
 //! reads `iptables-save` once and writes what differs; a kube-proxy's rules are adopted alike.
 //!
 //! Where the rules differ from kube-proxy's, on purpose:
 //! * filter `KUBE-EXTERNAL-SERVICES` is also entered from OUTPUT, so the node's own connections
 //!   to an external address without endpoints are refused and do not leave the node.
-//! * Node ports never answer on loopback addresses, neither to be forwarded nor to be refused.
+//! * Node ports at loopback addresses of IPv4 answer the node itself and nobody else; where the
+//!   plan has none, they neither forward there nor refuse. IPv6 never has them.
 //! * Comments on endpoints stay, however many there are.
 //! * A source that is refused while others are forwarded meets rules that test the source.
 //! * There are no canary chains: generations and table sizes tell of a flush, and the audit
@@ -42,7 +44,9 @@ mod diff;
 mod fake;
 mod family;
 mod fixed;
+mod guard;
 mod input;
+mod localnet;
 mod names;
 mod observe;
 mod read_back;

@@ -8,7 +8,7 @@ use std::ops::Range;
 use lockstep_model::{Family, Port};
 use lockstep_view::{Action, Frontend, Pool, PortPlan, ServicePlan, Surface, Target};
 
-use crate::fixed::{Terms, host, line};
+use crate::fixed::{PodMatch, Terms, host, line};
 use crate::names::{self, ChainName, HashText, Shared};
 
 /// Rules of one Service in one family.
@@ -105,7 +105,7 @@ struct Actions {
 
 impl Actions {
     fn of(frontend: &Frontend, terms: &Terms) -> Self {
-        if terms.pods.iter().any(|range| range.ends_with("/0")) {
+        if terms.pods.iter().any(PodMatch::is_everybody) {
             // Every source is a pod's. The tools have no way to write "not in 0.0.0.0/0".
             return Self { pod: None, node: None, rest: frontend.from_pod };
         }
@@ -273,12 +273,12 @@ impl<'a> PortRender<'a> {
                 line(head, &["-A ", chain, " -d ", &host, " ", &matched, "-j ", names::MARK_MASQ]);
             }
             (Masquerade::AllButPods, Some((first, more))) => {
-                let others = ["-A ", chain, " ! -s ", first, " -d ", &host, " "];
-                line(head, &[&others.concat(), &matched, "-j ", names::MARK_MASQ]);
+                let to = format!("-d {host} ");
+                line(head, &["-A ", chain, " ", &first.not(&to), &matched, "-j ", names::MARK_MASQ]);
                 // One rule can exclude one range only; the mark of the others is taken back.
                 for range in more {
                     let unmark = format!("-j MARK --set-xmark 0x0/{:#x}", self.terms.mark);
-                    line(head, &["-A ", chain, " -s ", range, " -d ", &host, " ", &matched, &unmark]);
+                    line(head, &["-A ", chain, " ", &range.and(&to), &matched, &unmark]);
                 }
             }
         }
@@ -292,8 +292,8 @@ impl<'a> PortRender<'a> {
         let name = self.nth_chain("KUBE-EXT-", self.dispatch.len());
         rules.add(name, |body| {
             if let Some(action) = actions.pod {
-                for range in &self.terms.pods {
-                    let pods = (&*format!("-s {range} "), "");
+                for pods in &self.terms.pods {
+                    let pods = (&*pods.and(""), "");
                     self.send(body, name, pods, ["masquerade", "pod traffic for"], action);
                 }
             }
@@ -395,7 +395,7 @@ impl<'a> PortRender<'a> {
     }
 
     fn refusals(&self, frontend: &Frontend, actions: Actions, before: &str, after: &str) -> Vec<String> {
-        let refusal = |source: &str, origin: &str, action: Action| -> Option<String> {
+        let refusal = |before: &str, origin: &str, action: Action| -> Option<String> {
             let (what, target) = match (action, self.terms.family) {
                 (Action::Forward { .. }, _) => return None,
                 (Action::Reject, Family::V4) => {
@@ -407,21 +407,22 @@ impl<'a> PortRender<'a> {
                 (Action::Drop, _) => (" has no local endpoints", "DROP"),
             };
             let matched = self.to_port(&self.comment(what), &format!("{after}{origin}"), frontend.port);
-            Some(format!("{source}{before}{matched}-j {target}"))
+            Some(format!("{before}{matched}-j {target}"))
         };
         let mut kinds: Vec<Action> =
             actions.all().filter(|action| !matches!(action, Action::Forward { .. })).collect();
         kinds.dedup();
         // nat has rewritten what is forwarded, so one kind of refusal needs no look at sources.
         if let [only] = kinds[..] {
-            return refusal("", "", only).into_iter().collect();
+            return refusal(before, "", only).into_iter().collect();
         }
-        let pods =
-            self.terms.pods.iter().filter_map(|range| {
-                actions.pod.and_then(|action| refusal(&format!("-s {range} "), "", action))
-            });
-        let node = actions.node.and_then(|action| refusal("", "-m addrtype --src-type LOCAL ", action));
-        pods.chain(node).chain(refusal("", "", actions.rest)).collect()
+        let pods = self
+            .terms
+            .pods
+            .iter()
+            .filter_map(|pods| actions.pod.and_then(|action| refusal(&pods.and(before), "", action)));
+        let node = actions.node.and_then(|action| refusal(before, "-m addrtype --src-type LOCAL ", action));
+        pods.chain(node).chain(refusal(before, "", actions.rest)).collect()
     }
 
     fn destinations(&self, frontend: &Frontend) -> Vec<(String, &'static str)> {

@@ -14,11 +14,13 @@ use lockstep_kernel::netns;
 use lockstep_model::{Family, Port, Protocol, ServiceKey};
 use lockstep_view::backend::Backend;
 use lockstep_view::{
-    Action, ForwardingPlan, Frontend, NodePlan, NodePortScope, PodSources, Pool, PortPlan, ServicePlan,
-    Surface, Target,
+    Action, ForwardingPlan, Frontend, InterfaceName, NodePlan, NodePortScope, PodSources, Pool, PortPlan,
+    ServicePlan, Surface, Target,
 };
 
 const LIMIT: Duration = Duration::from_secs(5);
+/// What is not answered for so long is dropped.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// Names of the three namespaces; they go when this does.
 struct Net(String);
@@ -36,6 +38,7 @@ impl Net {
             ip -n NETp route add default via 10.244.0.1; ip -n NETp -6 route add default via fd00:244::1
             ip -n NETc route add default via 192.0.2.1; ip -n NETc -6 route add default via 2001:db8::1
             ip -n NETn link add uplink type veth peer name void; ip -n NETn link set void up; ip -n NETn link set uplink up
+            ip -n NETn address add 198.51.100.1/32 dev uplink; ip -n NETn address add 2001:db8:5::1/128 dev uplink nodad
             ip -n NETn route add default dev uplink; ip -n NETn -6 route add default dev uplink
             ip netns exec NETn sh -ec 'cd /proc/sys/net; echo 1 >ipv4/ip_forward; echo 1 >ipv6/conf/all/forwarding
                 echo 0 >ipv4/icmp_ratelimit; echo 0 >ipv6/icmp/ratelimit'");
@@ -75,20 +78,22 @@ struct Addresses {
     pod: IpAddr,
     vip: IpAddr,
     refused: IpAddr,
+    odd: IpAddr,
     node: IpAddr,
     client: IpAddr,
 }
 
 fn addresses(family: Family) -> Addresses {
-    let [pod, vip, refused, node, client] = match family {
-        Family::V4 => ["10.244.0.5", "10.96.0.10", "10.96.0.11", "192.0.2.1", "192.0.2.9"],
-        Family::V6 => ["fd00:244::5", "fd00:96::a", "fd00:96::b", "2001:db8::1", "2001:db8::9"],
+    let [pod, vip, refused, odd, node, client] = match family {
+        Family::V4 => ["10.244.0.5", "10.96.0.10", "10.96.0.11", "10.96.0.12", "192.0.2.1", "192.0.2.9"],
+        Family::V6 => ["fd00:244::5", "fd00:96::a", "fd00:96::b", "fd00:96::c", "2001:db8::1", "2001:db8::9"],
     }
     .map(ip);
-    Addresses { family, pod, vip, refused, node, client }
+    Addresses { family, pod, vip, refused, odd, node, client }
 }
 
-fn plan() -> ForwardingPlan {
+/// `odd` treats every class of sources in another way, at an address for each family.
+fn plan(pods: PodSources) -> ForwardingPlan {
     let kept = Action::Forward { pool: Pool::Cluster, masquerade: false };
     let masqueraded = Action::Forward { pool: Pool::Cluster, masquerade: true };
     let frontend = |surface, number, [from_pod, from_node, from_elsewhere]: [Action; 3]| Frontend {
@@ -100,7 +105,7 @@ fn plan() -> ForwardingPlan {
         allowed_sources: None,
     };
     let mut services = Vec::new();
-    for name in ["web", "none"] {
+    for name in ["web", "none", "odd"] {
         let mut ports = Vec::new();
         for (family, protocol) in
             Family::ALL.into_iter().flat_map(|f| [(f, Protocol::Tcp), (f, Protocol::Udp)])
@@ -115,6 +120,12 @@ fn plan() -> ForwardingPlan {
                         frontend(Surface::NodePort, 30080, [masqueraded; 3]),
                     ],
                 ),
+                "odd" => {
+                    let classes = [kept, Action::Reject, Action::Drop];
+                    let others = [Action::Reject, masqueraded, masqueraded];
+                    let at_node = frontend(Surface::NodePort, 30082, others);
+                    (target, vec![frontend(Surface::ExternalIp(at.odd), 80, classes), at_node])
+                }
                 _ => (
                     Vec::new(),
                     vec![
@@ -140,11 +151,11 @@ fn plan() -> ForwardingPlan {
         let (required_features, conflicts) = (Vec::new(), Vec::new());
         services.push(ServicePlan { key, ports, required_features, health_check: None, conflicts });
     }
-    let cidrs = ["10.244.0.0/16", "fd00:244::/64"].map(|cidr| cidr.parse().unwrap());
     let node = NodePlan {
-        pods: Some(PodSources::Cidrs(cidrs.into())),
+        pods: Some(pods),
         node_ports_v4: NodePortScope::AllLocal,
         node_ports_v6: NodePortScope::AllLocal,
+        localhost_node_ports: false,
         masquerade_mark: 0x4000,
     };
     ForwardingPlan { node, services: services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect() }
@@ -192,14 +203,41 @@ fn udp(to: SocketAddr) -> Result<IpAddr, ErrorKind> {
     Ok(ip(std::str::from_utf8(&buffer[..length]).unwrap()))
 }
 
+/// What nat takes for a pod's, the chains that refuse by source must take for a pod's.
+fn classes(net: &Net, what: &str) {
+    for at in Family::ALL.map(addresses) {
+        let dial = |which, address| net.run(which, || tcp(SocketAddr::new(address, 80)));
+        let refused = Err(ErrorKind::ConnectionRefused);
+        assert!(dial('p', at.odd).is_ok(), "{what}: a pod");
+        assert_eq!(dial('n', at.odd), refused, "{what}: the node, at OUTPUT");
+        let at_node = |which| net.run(which, || tcp(SocketAddr::new(at.node, 30082)));
+        assert_eq!(at_node('p'), refused, "{what}: a pod, at INPUT");
+        assert!(at_node('c').is_ok() && at_node('n').is_ok(), "{what}: all others");
+    }
+    let to = SocketAddr::new(addresses(Family::V4).odd, 80);
+    let outside = net.run('c', || TcpStream::connect_timeout(&to, SILENCE).map_err(|error| error.kind()));
+    assert_eq!(outside.err(), Some(ErrorKind::TimedOut), "{what}: elsewhere, at FORWARD");
+}
+
 fn packets(flavour: Flavour) {
     let net = Net::new(flavour.name());
     Family::ALL.into_iter().for_each(|family| serve(&net, family));
-    net.run('n', || {
-        let mut backend = Iptables::open(Arc::new(Processes), flavour).unwrap();
-        assert_eq!(backend.sync(&plan()).unwrap().failures, []);
-        assert_eq!(backend.verify().unwrap(), []);
-    });
+    let program = |pods: PodSources| {
+        net.run('n', || {
+            let mut backend = Iptables::open(Arc::new(Processes), flavour).unwrap();
+            assert_eq!(backend.sync(&plan(pods)).unwrap().failures, []);
+            assert_eq!(backend.verify().unwrap(), []);
+        });
+    };
+    let name = |text| InterfaceName::new(text).unwrap();
+    for pods in [PodSources::Interface(name("pod")), PodSources::InterfacePrefix(name("po"))] {
+        let told = format!("{flavour}, {pods:?}");
+        program(pods);
+        classes(&net, &told);
+    }
+    let cidrs = ["10.244.0.0/16", "fd00:244::/64"].map(|cidr| cidr.parse().unwrap());
+    program(PodSources::Cidrs(cidrs.into()));
+    classes(&net, flavour.name());
     for at in Family::ALL.map(addresses) {
         let gateway = if at.family == Family::V4 { ip("10.244.0.1") } else { ip("fd00:244::1") };
         for (protocol, dial) in [("tcp", tcp as fn(SocketAddr) -> _), ("udp", udp)] {

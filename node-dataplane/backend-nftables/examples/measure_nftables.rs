@@ -62,6 +62,7 @@ fn measure(services: u32, endpoints: u32) -> Result<(), Box<dyn std::error::Erro
         pods: Some(PodSources::Cidrs(vec!["10.240.0.0/12".parse()?])),
         node_ports_v4: NodePortScope::AllLocal,
         node_ports_v6: NodePortScope::AllLocal,
+        localhost_node_ports: false,
         masquerade_mark: 0x4000,
     };
     let all = (0..services).map(|n| service(n, endpoints, 0)).map(|plan| (plan.key.clone(), plan)).collect();

@@ -170,12 +170,7 @@ fn by_source(family: Family, node: &NodePlan, [pod, own, elsewhere]: &[Clause; 3
     let mut rules = Vec::new();
     // Where all are treated alike, nobody needs to be told apart.
     if pod != elsewhere || own != elsewhere {
-        let cidrs = match &node.pods {
-            Some(PodSources::Cidrs(cidrs)) => cidrs.as_slice(),
-            None => &[],
-        };
-        for cidr in cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family) {
-            let condition = (cidr.prefix_len() > 0).then_some(Clause::From(*cidr));
+        for condition in pods(family, node) {
             rules.push(condition.into_iter().chain([pod.clone()]).collect());
         }
     }
@@ -184,6 +179,19 @@ fn by_source(family: Family, node: &NodePlan, [pod, own, elsewhere]: &[Clause; 3
     }
     rules.push(vec![elsewhere.clone()]);
     rules
+}
+
+/// What the packets of pods have, each by itself; `None` = every packet is a pod's.
+fn pods(family: Family, node: &NodePlan) -> Vec<Option<Clause>> {
+    match &node.pods {
+        None => Vec::new(),
+        Some(PodSources::Interface(name)) => vec![Some(Clause::InBy(name.clone()))],
+        Some(PodSources::InterfacePrefix(prefix)) => vec![Some(Clause::InByPrefix(prefix.clone()))],
+        Some(PodSources::Cidrs(cidrs)) => {
+            let cidrs = cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family);
+            cidrs.map(|cidr| (cidr.prefix_len() > 0).then_some(Clause::From(*cidr))).collect()
+        }
+    }
 }
 
 /// What a frontend's key is made of.

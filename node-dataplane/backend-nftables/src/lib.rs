@@ -167,6 +167,7 @@ impl<N: Netfilter> Backend for Nftables<N> {
             families: Family::ALL.to_vec(),
             features: contents::FEATURES.to_vec(),
             node_port_addresses: NodePortAddresses::Primary,
+            localhost_node_ports: Err("nftables mode has none, as kube-proxy's has none".to_owned()),
         }
     }
 

@@ -16,6 +16,7 @@ pub(crate) fn probe(netfilter: &mut dyn Netfilter, table: &str) -> Result<(), Er
         pods: None,
         node_ports_v4: NodePortScope::AllLocal,
         node_ports_v6: NodePortScope::AllLocal,
+        localhost_node_ports: false,
         masquerade_mark: 1,
     };
     let choice = Choice { pool: Pool::Cluster, count: 1, affinity: None };

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use lockstep_kernel::nf_tables::{CmpOp, Expression, LearnOp, PayloadBase, Verdict};
 use lockstep_model::Family;
+use lockstep_view::InterfaceName;
 
 use crate::sets::{Field, SetId, TARGET};
 
@@ -22,6 +23,10 @@ pub(crate) enum Clause {
     NotToLoopback,
     /// The source is in a network.
     From(IpNet),
+    /// It came in by this interface.
+    InBy(InterfaceName),
+    /// It came in by an interface whose name begins like this.
+    InByPrefix(InterfaceName),
     /// The key is in the set, or is not.
     In { set: SetId, not: bool },
     /// The map's verdict for the key.
@@ -59,7 +64,10 @@ const CT_STATE: u32 = 0;
 const CT_STATE_NEW: u32 = 8;
 const META_PRIORITY: u32 = 2;
 const META_MARK: u32 = 3;
+const META_IIFNAME: u32 = 6;
 const META_L4PROTO: u32 = 16;
+/// `IFNAMSIZ`: how many bytes of a name the kernel loads, zeros behind it.
+const NAME_BYTES: usize = 16;
 const FIB_SADDR: u32 = 1;
 const FIB_DADDR: u32 = 2;
 const ADDRESS_TYPE_LOCAL: u32 = 2;
@@ -100,6 +108,13 @@ impl Clause {
                 }
             },
             Clause::From(network) => from(network, family, out),
+            Clause::InBy(name) => {
+                let mut data = name.as_str().as_bytes().to_vec();
+                data.resize(NAME_BYTES, 0);
+                in_by(&data, out);
+            }
+            // What is compared is as long as the prefix, so whatever follows matches.
+            Clause::InByPrefix(prefix) => in_by(prefix.as_str().as_bytes(), out),
             Clause::In { set, not } => {
                 load_key(set.key(), family, out);
                 out.push(Expression::Lookup { set: set.name().to_owned(), from: 1, to: None, invert: *not });
@@ -173,6 +188,8 @@ impl Clause {
                 Family::V6 => write!(out, "ip6 daddr != ::1"),
             },
             Clause::From(network) => write!(out, "{ip} saddr {network}"),
+            Clause::InBy(name) => write!(out, "iifname \"{name}\""),
+            Clause::InByPrefix(prefix) => write!(out, "iifname \"{prefix}*\""),
             Clause::In { set, not } => {
                 let not = if *not { "!= " } else { "" };
                 write!(out, "{} {not}@{}", key_text(set.key(), family, 0), set.name())
@@ -315,6 +332,12 @@ fn from(network: &IpNet, family: Family, out: &mut Vec<Expression>) {
         out.push(Expression::Bitwise { from: 1, to: 1, mask, xor });
     }
     out.push(compare(CmpOp::Eq, &octets(network.network())));
+}
+
+/// A packet that came in by no interface has an empty name, which equals nothing here.
+fn in_by(name: &[u8], out: &mut Vec<Expression>) {
+    out.push(Expression::Meta { key: META_IIFNAME, to: 1 });
+    out.push(compare(CmpOp::Eq, name));
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {

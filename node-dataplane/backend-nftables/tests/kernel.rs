@@ -323,6 +323,15 @@ fn a_changed_node_changes_the_rules() {
     in_namespace(|| {
         let mut plan = every_shape();
         let mut backend = synced(&plan);
+        // 1 byte is a comparison that the kernel keeps in a number, 14 and 16 are others.
+        for (name, prefix) in [("v", true), ("veth", true), ("fourteen-bytes", true), ("br0", false)] {
+            pods_by_interface(&mut plan, name, prefix);
+            assert!(backend.sync(&plan).unwrap().objects_changed > 0, "{name}");
+            assert_eq!(audit(&mut backend), Vec::<String>::new(), "{name}");
+            let star = if prefix { "*" } else { "" };
+            let listed = run("nft", &["list", "table", "ip", "lockstep"]);
+            assert!(listed.contains(&format!("iifname \"{name}{star}\"")), "{listed}");
+        }
         plan.node.masquerade_mark = 0x8000;
         plan.node.pods = None;
         plan.node.node_ports_v4 =

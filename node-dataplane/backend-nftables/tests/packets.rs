@@ -171,6 +171,46 @@ fn a_cluster_ip_reaches_its_endpoint_and_masquerades_only_what_is_not_a_pod() {
     });
 }
 
+/// What nat sees as a pod's, the chain that refuses by source must see as a pod's.
+#[test]
+fn pods_told_by_their_interface_are_the_same_for_forwarding_and_for_refusing() {
+    let from_pods_only = |number| {
+        let actions = [forward(Pool::Cluster, false), Action::Reject, Action::Drop];
+        vec![frontend(Surface::ExternalIp(ip("192.0.2.9")), number, actions)]
+    };
+    let others_only = |number| {
+        let actions = [Action::Reject, forward(Pool::Cluster, true), forward(Pool::Cluster, true)];
+        vec![frontend(Surface::NodePort, number, actions)]
+    };
+    let mut desired = plan([
+        service("web", vec![one("", vec![to_pod(2)], vec![cluster_ip("10.96.0.1", 80)])]),
+        service("pods", vec![one("", vec![to_pod(2)], from_pods_only(80))]),
+        service("others", vec![one("", vec![to_pod(2)], others_only(30009))]),
+        service(
+            "v6",
+            vec![one("", vec![target("fd00:10:244:2::2", 8080)], vec![cluster_ip("fd00:96::1", 80)])],
+        ),
+    ]);
+    let refused = Err(ErrorKind::ConnectionRefused);
+    for (name, prefix) in [("to-pod", true), ("to-pod1", false)] {
+        pods_by_interface(&mut desired, name, prefix);
+        on_node(&desired, |world, _| {
+            assert_eq!(world.pod1.dial("10.96.0.1:80"), Ok(ip("10.244.1.2")), "{name}");
+            assert_eq!(world.pod1.dial("[fd00:96::1]:80"), Ok(ip("fd00:10:244:1::2")), "{name}");
+            assert_eq!(world.client.dial("10.96.0.1:80"), Ok(ip("10.244.2.1")), "{name}");
+            assert_eq!(dial("10.96.0.1:80"), Ok(ip("10.244.2.1")), "{name}: from the node itself");
+            assert_eq!(world.pod1.dial("192.0.2.9:80"), Ok(ip("10.244.1.2")), "{name}");
+            assert_eq!(dial("192.0.2.9:80"), refused, "{name}: at OUTPUT");
+            assert_eq!(world.client.dial("192.0.2.9:80"), Err(ErrorKind::TimedOut), "{name}: at FORWARD");
+            assert_eq!(world.pod1.dial("192.168.9.1:30009"), refused, "{name}: at INPUT");
+            assert_eq!(world.client.dial("192.168.9.1:30009"), Ok(ip("10.244.2.1")), "{name}");
+            // Only the one interface is named, or both.
+            let pod2 = world.pod2.dial("192.168.9.1:30009");
+            assert_eq!(pod2.is_ok(), !prefix, "{name}: {pod2:?}");
+        });
+    }
+}
+
 #[test]
 fn every_endpoint_gets_its_share_also_after_one_is_replaced() {
     let port = |targets| one("", targets, vec![cluster_ip("10.96.0.1", 80)]);

@@ -38,14 +38,50 @@ pub enum Ensured {
 
 const ROOT: &str = "/proc/sys";
 
-/// The value, trimmed; `None` where this kernel has no such key.
-pub fn read(key: &str) -> Result<Option<String>, SysctlError> {
-    read_at(&Path::new(ROOT).join(key), key)
+/// Where sysctls are: of the kernel, or files in a directory that stand for them.
+#[derive(Debug, Clone)]
+pub struct Tree(PathBuf);
+
+impl Tree {
+    /// The kernel's.
+    pub fn kernel() -> Self {
+        Self(ROOT.into())
+    }
+
+    /// A directory with a file for each.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self(root.into())
+    }
+
+    /// The value, trimmed; `None` where there is no such key.
+    pub fn read(&self, key: &str) -> Result<Option<String>, SysctlError> {
+        read_at(&self.0.join(key), key)
+    }
+
+    /// Makes the sysctl have this value.
+    pub fn ensure(&self, key: &str, value: &str) -> Result<Ensured, SysctlError> {
+        ensure_at(self.0.join(key), key, value)
+    }
+
+    /// Fails where [`ensure`](Self::ensure) could not make it have this value. Writes nothing.
+    pub fn try_out(&self, key: &str, value: &str) -> Result<(), SysctlError> {
+        if self.read(key)?.as_deref() == Some(value) {
+            return Ok(());
+        }
+        let opened = std::fs::OpenOptions::new().write(true).open(self.0.join(key));
+        let failed = |source| SysctlError { key: key.to_owned(), doing: format!("write {value}"), source };
+        opened.map(drop).map_err(failed)
+    }
 }
 
-/// Makes the sysctl have this value.
+/// The kernel's value, trimmed; `None` where this kernel has no such key.
+pub fn read(key: &str) -> Result<Option<String>, SysctlError> {
+    Tree::kernel().read(key)
+}
+
+/// Makes the kernel's sysctl have this value.
 pub fn ensure(key: &str, value: &str) -> Result<Ensured, SysctlError> {
-    ensure_at(Path::new(ROOT).join(key), key, value)
+    Tree::kernel().ensure(key, value)
 }
 
 /// Raises a number under `/sys/module`, which is never lowered: `nf_conntrack`, `hashsize`.
@@ -102,6 +138,23 @@ mod tests {
         let error = ensure_at(path.clone(), "a/b", "1").unwrap_err();
         assert!(error.to_string().starts_with("sysctl a/b: write 1: "), "{error}");
         assert_eq!(read_at(&path, "a/b").unwrap(), None);
+    }
+
+    #[test]
+    fn what_could_be_written_is_tried_out_without_writing() {
+        let root = std::env::temp_dir().join(format!("lockstep-tree-{}", std::process::id()));
+        std::fs::create_dir_all(&root).unwrap();
+        std::fs::write(root.join("a"), "0\n").unwrap();
+        let tree = Tree::at(&root);
+        tree.try_out("a", "1").unwrap();
+        assert_eq!(tree.read("a").unwrap().as_deref(), Some("0"));
+        let error = tree.try_out("none", "1").unwrap_err();
+        assert!(error.to_string().starts_with("sysctl none: write 1: "), "{error}");
+        std::fs::remove_dir_all(&root).unwrap();
+        // Nobody can write this one of the kernel's, whoever runs this, and it need not be.
+        let kernel = Tree::kernel();
+        kernel.try_out("kernel/ostype", "Linux").unwrap();
+        assert!(kernel.try_out("kernel/ostype", "Unix").is_err());
     }
 
     #[test]

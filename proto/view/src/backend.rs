@@ -62,6 +62,8 @@ pub struct Description {
     pub features: Vec<Feature>,
     /// Where node ports answer unless the operator says otherwise: where kube-proxy's do in this mode.
     pub node_port_addresses: NodePortAddresses,
+    /// Whether it can let node ports answer at loopback addresses of IPv4; if not, why.
+    pub localhost_node_ports: Result<(), String>,
 }
 
 /// What a write did.

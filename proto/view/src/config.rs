@@ -1,10 +1,10 @@
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use lockstep_model::{Family, NodeContext};
 
-use crate::{NodePlan, NodePortScope, PodSources};
+use crate::{InterfaceName, NodePlan, NodePortScope, PodSources};
 
 /// What the operator decided for this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,18 +13,35 @@ pub struct ViewConfig {
     pub node_name: Arc<str>,
     /// Families to plan for; the others of a Service are left out.
     pub families: Vec<Family>,
-    /// Where pods of this cluster send from. A family without an entry has no way to tell
-    /// pods from others: no short circuit for pods, no masquerade on cluster IPs.
-    pub cluster_cidrs: Vec<IpNet>,
+    /// How packets of pods are told from others. A family in which they cannot be has no short
+    /// circuit for pods and no masquerade on cluster IPs.
+    pub detect_local: DetectLocal,
     /// Which addresses of the node answer on node ports.
     pub node_port_addresses: NodePortAddresses,
+    /// IPv4 node ports answer at loopback addresses too, where `node_port_addresses` does not
+    /// leave them out. To be set only where the backend can.
+    pub localhost_node_ports: bool,
     /// Masquerade everything that is sent to a cluster IP.
     pub masquerade_all: bool,
     /// The bit of the packet mark that means "masquerade", 0 to 31.
     pub masquerade_bit: u8,
 }
 
-/// Which addresses of the node answer on node ports. Loopback addresses never do.
+/// How packets of pods are told from others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DetectLocal {
+    /// By their source: address ranges of the cluster's pods; a family may have none.
+    ClusterCidrs(Vec<IpNet>),
+    /// By their source: the ranges of this node's pods, as its Node object states them at the time.
+    NodeCidrs,
+    /// By the interface they come in by.
+    BridgeInterface(InterfaceName),
+    /// By how the name of that interface begins.
+    InterfaceNamePrefix(InterfaceName),
+}
+
+/// Which addresses of the node answer on node ports. Loopback addresses do only where
+/// [`ViewConfig::localhost_node_ports`] is set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NodePortAddresses {
     /// Every address local to the node.
@@ -60,8 +77,9 @@ impl ViewConfig {
         Self {
             node_name: node_name.into(),
             families: Family::ALL.to_vec(),
-            cluster_cidrs: Vec::new(),
+            detect_local: DetectLocal::ClusterCidrs(Vec::new()),
             node_port_addresses: NodePortAddresses::AllLocal,
+            localhost_node_ports: false,
             masquerade_all: false,
             masquerade_bit: 14,
         }
@@ -70,19 +88,48 @@ impl ViewConfig {
     /// The part of a plan that holds for the whole node. `interfaces` are addresses that the
     /// node has beside those of its Node object; only [`NodePortAddresses::Cidrs`] uses them.
     pub fn node_plan(&self, node: &NodeContext, interfaces: &[IpAddr]) -> NodePlan {
-        let mut cidrs = self.cluster_cidrs.clone();
-        cidrs.sort_unstable();
-        cidrs.dedup();
         NodePlan {
-            pods: (!cidrs.is_empty()).then_some(PodSources::Cidrs(cidrs)),
+            pods: self.pods(node),
             node_ports_v4: self.node_ports(Family::V4, node, interfaces),
             node_ports_v6: self.node_ports(Family::V6, node, interfaces),
+            localhost_node_ports: self.has_localhost_node_ports(Family::V4),
             masquerade_mark: 1 << (self.masquerade_bit % 32),
         }
     }
 
+    fn pods(&self, node: &NodeContext) -> Option<PodSources> {
+        let cidrs = match &self.detect_local {
+            DetectLocal::ClusterCidrs(cidrs) => cidrs,
+            DetectLocal::NodeCidrs => &node.pod_cidrs,
+            DetectLocal::BridgeInterface(name) => return Some(PodSources::Interface(name.clone())),
+            DetectLocal::InterfaceNamePrefix(name) => return Some(PodSources::InterfacePrefix(name.clone())),
+        };
+        let mut cidrs = cidrs.clone();
+        cidrs.sort_unstable();
+        cidrs.dedup();
+        (!cidrs.is_empty()).then_some(PodSources::Cidrs(cidrs))
+    }
+
+    /// True where node ports of the family answer at loopback addresses too. Never in IPv6: its
+    /// kernel has no `route_localnet`.
+    fn has_localhost_node_ports(&self, family: Family) -> bool {
+        let asked = self.localhost_node_ports && family == Family::V4 && self.families.contains(&family);
+        asked
+            && match &self.node_port_addresses {
+                NodePortAddresses::AllLocal => true,
+                NodePortAddresses::Primary => false,
+                NodePortAddresses::Cidrs(cidrs) => {
+                    let loopback = IpNet::V4(LOOPBACK);
+                    let mut cidrs = cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family).peekable();
+                    cidrs.peek().is_none()
+                        || cidrs.any(|cidr| cidr.contains(&loopback) || loopback.contains(cidr))
+                }
+            }
+    }
+
     fn node_ports(&self, family: Family, node: &NodeContext, interfaces: &[IpAddr]) -> NodePortScope {
-        let usable = |ip: &IpAddr| Family::of(*ip) == family && !ip.is_loopback();
+        let localhost = self.has_localhost_node_ports(family);
+        let usable = |ip: &IpAddr| Family::of(*ip) == family && (localhost || !ip.is_loopback());
         let mut addresses: Vec<IpAddr> = match &self.node_port_addresses {
             NodePortAddresses::AllLocal => return NodePortScope::AllLocal,
             NodePortAddresses::Primary if node.addresses.is_empty() => return NodePortScope::AllLocal,
@@ -105,13 +152,13 @@ impl ViewConfig {
 impl Facts {
     /// The facts of a node under a configuration.
     pub fn new(config: &ViewConfig, node: &NodeContext) -> Self {
+        let pods = config.pods(node);
         Self {
             node: config.node_name.clone(),
             zone: node.zone.clone(),
             primary: Family::ALL.map(|family| primary(node, family)),
             planned: Family::ALL.map(|family| config.families.contains(&family)),
-            pods: Family::ALL
-                .map(|family| config.cluster_cidrs.iter().any(|cidr| Family::of(cidr.addr()) == family)),
+            pods: Family::ALL.map(|family| pods.as_ref().is_some_and(|pods| pods.tells(family))),
             masquerade_all: config.masquerade_all,
         }
     }
@@ -137,6 +184,9 @@ impl Facts {
 pub fn load_balancers_may_use(node: &NodeContext) -> bool {
     node.uid.is_some() && !node.being_removed
 }
+
+/// What the kernel holds to be its own host, whatever addresses its interfaces have.
+const LOOPBACK: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
 
 fn primary(node: &NodeContext, family: Family) -> Option<IpAddr> {
     node.addresses.iter().copied().find(|ip| Family::of(*ip) == family)

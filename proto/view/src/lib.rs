@@ -14,6 +14,7 @@ mod claims;
 mod config;
 pub mod decide;
 pub mod explain;
+mod interface;
 pub mod plan;
 pub mod select;
 mod service;
@@ -24,6 +25,7 @@ pub mod trace;
 mod view;
 
 pub use backend::Backend;
-pub use config::{Facts, NodePortAddresses, ViewConfig, load_balancers_may_use};
+pub use config::{DetectLocal, Facts, NodePortAddresses, ViewConfig, load_balancers_may_use};
+pub use interface::{InterfaceName, InvalidInterface};
 pub use plan::*;
 pub use view::{Changed, View};

@@ -11,6 +11,8 @@ use ipnet::IpNet;
 use lockstep_model::{Family, Feature, Port, Protocol, ServiceKey};
 use rustc_hash::FxHashMap;
 
+use crate::InterfaceName;
+
 /// Everything one node does with Service traffic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ForwardingPlan {
@@ -29,18 +31,27 @@ pub struct NodePlan {
     pub node_ports_v4: NodePortScope,
     /// The same for IPv6.
     pub node_ports_v6: NodePortScope,
+    /// IPv4 node ports also answer at loopback addresses, to the node itself and nobody else.
+    pub localhost_node_ports: bool,
     /// The one bit of the packet mark that means "masquerade".
     pub masquerade_mark: u32,
 }
 
-/// How a packet from a pod of this cluster is recognised.
+/// How a packet from a pod is recognised. A packet of the node itself came in by no interface, so
+/// where interfaces are looked at it is no pod's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodSources {
-    /// By source address: the cluster CIDRs. A family without one has no pods.
+    /// By source address: those of the cluster or of the node, sorted. A family without one has
+    /// no pods.
     Cidrs(Vec<IpNet>),
+    /// By the interface that it came in by.
+    Interface(InterfaceName),
+    /// By how the name of that interface begins.
+    InterfacePrefix(InterfaceName),
 }
 
-/// Which destination addresses of one family node ports answer on. Loopback addresses never do.
+/// Which destination addresses of one family node ports answer on. Loopback addresses do where
+/// [`NodePlan::localhost_node_ports`] says so, else never.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NodePortScope {
     /// Every address that is local to the node, also ones added later.
@@ -204,6 +215,21 @@ impl NodePlan {
         match family {
             Family::V4 => &self.node_ports_v4,
             Family::V6 => &self.node_ports_v6,
+        }
+    }
+
+    /// True where node ports of the family answer at loopback addresses too.
+    pub fn has_localhost_node_ports(&self, family: Family) -> bool {
+        self.localhost_node_ports && family == Family::V4
+    }
+}
+
+impl PodSources {
+    /// True where pods of the family can be told from others.
+    pub fn tells(&self, family: Family) -> bool {
+        match self {
+            PodSources::Cidrs(cidrs) => cidrs.iter().any(|cidr| Family::of(cidr.addr()) == family),
+            PodSources::Interface(_) | PodSources::InterfacePrefix(_) => true,
         }
     }
 }

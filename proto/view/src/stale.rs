@@ -96,8 +96,13 @@ impl<'a> UdpFrontends<'a> {
     fn at_node_port(&self, address: IpAddr, flow: &Flow) -> Fate {
         match self.node.node_ports(Family::of(address)) {
             NodePortScope::Addresses(mine) if mine.contains(&address) => Fate::Cut,
-            // A program on this node may use the number on the loopback for itself.
-            NodePortScope::AllLocal if address.is_loopback() && flow.answers == flow.destination => {
+            // Where node ports are not there, a program on this node may use the number on the
+            // loopback for itself.
+            NodePortScope::AllLocal
+                if address.is_loopback()
+                    && !self.node.has_localhost_node_ports(Family::of(address))
+                    && flow.answers == flow.destination =>
+            {
                 Fate::Keep
             }
             NodePortScope::AllLocal => Fate::CutIfLocal,

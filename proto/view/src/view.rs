@@ -6,7 +6,7 @@ use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
 use crate::claims::{self, Claims, Index, Owners};
-use crate::config::{Facts, ViewConfig};
+use crate::config::{DetectLocal, Facts, ViewConfig};
 use crate::{ForwardingPlan, ServicePlan, service};
 
 /// The plan of this node, kept up to date.
@@ -87,6 +87,11 @@ impl View {
     /// The plan as of the last update.
     pub fn plan(&self) -> &ForwardingPlan {
         &self.plan
+    }
+
+    /// True where pods are told by what the Node object says of them.
+    pub fn follows_pod_cidrs(&self) -> bool {
+        self.config.detect_local == DetectLocal::NodeCidrs
     }
 
     /// The facts in use, for explanations.

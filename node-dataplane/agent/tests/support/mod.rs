@@ -24,7 +24,7 @@ use lockstep_node::reconcile::{Event, Parts, Reconciler};
 use lockstep_node::status::Status;
 use lockstep_server::{Config, Hub, Input, NodeInput, run_intake, serve};
 use lockstep_store::Changes;
-use lockstep_view::ViewConfig;
+use lockstep_view::{DetectLocal, ViewConfig};
 use lockstep_wire::v1;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
@@ -233,7 +233,7 @@ impl Agent {
             identity,
             view_config: ViewConfig {
                 families: description.families,
-                cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+                detect_local: DetectLocal::ClusterCidrs(vec!["10.244.0.0/16".parse().unwrap()]),
                 ..ViewConfig::new(NODE)
             },
             follow_ups: Vec::new(),

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use lockstep_model::{Family, Port, Protocol, ServiceKey};
 use lockstep_view::{
-    Action, ForwardingPlan, Frontend, NodePlan, NodePortScope, PodSources, Pool, PortPlan, ServicePlan,
-    Surface, Target,
+    Action, ForwardingPlan, Frontend, InterfaceName, NodePlan, NodePortScope, PodSources, Pool, PortPlan,
+    ServicePlan, Surface, Target,
 };
 
 pub(crate) fn ip(text: &str) -> IpAddr {
@@ -104,8 +104,16 @@ pub(crate) fn node() -> NodePlan {
         ])),
         node_ports_v4: NodePortScope::AllLocal,
         node_ports_v6: NodePortScope::Addresses(vec![ip("fd00::1"), ip("::1")]),
+        localhost_node_ports: false,
         masquerade_mark: 0x4000,
     }
+}
+
+/// Pods by the interface, or the beginning of its name.
+pub(crate) fn pods_by_interface(plan: &mut ForwardingPlan, name: &str, prefix: bool) {
+    let name = InterfaceName::new(name).unwrap();
+    plan.node.pods =
+        Some(if prefix { PodSources::InterfacePrefix(name) } else { PodSources::Interface(name) });
 }
 
 pub(crate) fn plan(services: impl IntoIterator<Item = Arc<ServicePlan>>) -> ForwardingPlan {

@@ -10,7 +10,7 @@ use lockstep_model::{
     NodeContext, Protocol, Resource, Service, ServiceKey, ServicePort, ServiceType, State, TrafficPolicy,
 };
 
-use crate::{Changed, ServicePlan, View, ViewConfig};
+use crate::{Changed, DetectLocal, InterfaceName, NodePortAddresses, ServicePlan, View, ViewConfig};
 
 pub(super) const READY: Conditions = Conditions::READY;
 pub(super) const UNREADY: Conditions = Conditions { ready: false, serving: true, terminating: false };
@@ -89,10 +89,12 @@ pub(super) fn node() -> NodeContext {
     }
 }
 
-/// Pods in 10.0.0.0/8 and fd00:10::/64.
+const CLUSTER_CIDRS: [&str; 2] = ["10.0.0.0/8", "fd00:10::/64"];
+
+/// Pods in these two.
 pub(super) fn config() -> ViewConfig {
     ViewConfig {
-        cluster_cidrs: vec!["10.0.0.0/8".parse().unwrap(), "fd00:10::/64".parse().unwrap()],
+        detect_local: DetectLocal::ClusterCidrs(CLUSTER_CIDRS.map(|cidr| cidr.parse().unwrap()).into()),
         ..ViewConfig::new("n1")
     }
 }
@@ -240,13 +242,35 @@ impl Draw {
     }
 
     pub(super) fn node(&mut self) -> NodeContext {
-        NodeContext { zone: self.of(&[None, Some("z1".into()), Some("z2".into())]), ..node() }
+        let cidrs = ["10.1.0.0/24", "fd00:10:1::/64"].map(|cidr| cidr.parse().unwrap());
+        let zone = self.of(&[None, Some("z1".into()), Some("z2".into())]);
+        NodeContext { zone, pod_cidrs: self.some(&cidrs), ..node() }
     }
 
     pub(super) fn config(&mut self) -> ViewConfig {
-        let cidrs = config().cluster_cidrs;
+        let cidrs = self.some(&CLUSTER_CIDRS.map(|cidr| cidr.parse().unwrap()));
+        let name = |text| InterfaceName::new(text).unwrap();
+        let scopes =
+            [vec!["192.168.0.0/24"], vec!["192.168.0.0/16", "127.0.0.0/16", "::1/128"], vec!["0.0.0.0/0"]];
+        let [some, with_loopback, every] = scopes.map(|scope| {
+            NodePortAddresses::Cidrs(scope.into_iter().map(|cidr| cidr.parse().unwrap()).collect())
+        });
         ViewConfig {
-            cluster_cidrs: self.some(&cidrs),
+            detect_local: self.of(&[
+                DetectLocal::ClusterCidrs(cidrs.clone()),
+                DetectLocal::ClusterCidrs(cidrs),
+                DetectLocal::NodeCidrs,
+                DetectLocal::BridgeInterface(name("br0")),
+                DetectLocal::InterfaceNamePrefix(name("veth")),
+            ]),
+            localhost_node_ports: self.0.bool(),
+            node_port_addresses: self.of(&[
+                NodePortAddresses::AllLocal,
+                NodePortAddresses::Primary,
+                some,
+                with_loopback,
+                every,
+            ]),
             masquerade_all: self.0.u8(..4) == 0,
             families: self.of(&[Family::ALL.to_vec(), vec![Family::V4]]),
             ..config()

@@ -11,7 +11,8 @@ use lockstep_model::{
 };
 
 use crate::{
-    Action, Conflict, Frontend, HealthCheck, Pool, PortPlan, ServicePlan, Surface, Target, ViewConfig,
+    Action, Conflict, DetectLocal, Frontend, HealthCheck, NodePortAddresses, Pool, PortPlan, ServicePlan,
+    Surface, Target, ViewConfig,
 };
 
 pub(super) struct Oracle<'a> {
@@ -30,6 +31,43 @@ impl<'a> Oracle<'a> {
     pub(super) fn new(config: &'a ViewConfig, node: &'a NodeContext, state: &'a State) -> Self {
         let services = state.service_keys().filter_map(|key| state.service(key)).map(|it| &**it).collect();
         Self { config, node, services, state }
+    }
+
+    /// Which packets are pods', in words.
+    pub(super) fn pods(&self) -> Option<String> {
+        let list = |ranges: &[IpNet]| {
+            let unique: BTreeSet<&IpNet> = ranges.iter().collect();
+            let texts: Vec<String> = unique.into_iter().map(ToString::to_string).collect();
+            (!texts.is_empty()).then(|| texts.join(" "))
+        };
+        match &self.config.detect_local {
+            DetectLocal::ClusterCidrs(ranges) => list(ranges),
+            DetectLocal::NodeCidrs => list(&self.node.pod_cidrs),
+            DetectLocal::BridgeInterface(name) => Some(format!("in by {name}")),
+            DetectLocal::InterfaceNamePrefix(prefix) => Some(format!("in by {prefix}...")),
+        }
+    }
+
+    /// Loopback addresses that node ports of IPv4 answer at: all, none, or one that is listed.
+    pub(super) fn localhost(&self, interfaces: &[IpAddr]) -> Vec<String> {
+        let (config, v4) = (self.config, |ip: &IpAddr| ip.is_ipv4());
+        if !config.localhost_node_ports || !config.families.contains(&Family::V4) {
+            return Vec::new();
+        }
+        let all = vec!["all".to_owned()];
+        match &config.node_port_addresses {
+            NodePortAddresses::AllLocal => all,
+            NodePortAddresses::Primary => Vec::new(),
+            NodePortAddresses::Cidrs(ranges) => {
+                let ranges: Vec<_> = ranges.iter().filter(|range| v4(&range.addr())).collect();
+                if ranges.is_empty() || ranges.iter().any(|range| range.prefix_len() == 0) {
+                    return all;
+                }
+                let inside = |ip: &&IpAddr| ranges.iter().any(|range| range.contains(*ip));
+                let own = interfaces.iter().filter(|ip| v4(ip) && ip.is_loopback());
+                own.filter(inside).map(ToString::to_string).collect()
+            }
+        }
     }
 
     pub(super) fn plans(&self) -> BTreeMap<ServiceKey, ServicePlan> {
@@ -257,7 +295,15 @@ impl<'a> Oracle<'a> {
         usable: bool,
         any_local: bool,
     ) -> Action {
-        let detector = self.config.cluster_cidrs.iter().any(|cidr| Family::of(cidr.addr()) == family);
+        let detector = match &self.config.detect_local {
+            DetectLocal::ClusterCidrs(ranges) => {
+                ranges.iter().any(|range| Family::of(range.addr()) == family)
+            }
+            DetectLocal::NodeCidrs => {
+                self.node.pod_cidrs.iter().any(|range| Family::of(range.addr()) == family)
+            }
+            _ => true,
+        };
         let source = if source == "pod" && !detector { "elsewhere" } else { source };
         if !usable {
             return Action::Reject;

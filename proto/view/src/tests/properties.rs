@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use lockstep_model::{Key, ServiceKey, State};
 use proptest::prelude::*;
 
-use super::cluster::{Cluster, Draw};
+use super::cluster::{Cluster, Draw, ip};
 use super::oracle::Oracle;
-use crate::View;
+use crate::{ForwardingPlan, NodePortScope, PodSources, View};
 
 /// Sorted pairs of an old and a new plan, as the set of keys in which they differ.
 fn differences<T: PartialEq>(
@@ -39,6 +39,30 @@ fn change(draw: &mut Draw, state: &mut State) -> ServiceKey {
     key
 }
 
+/// Which packets are pods', in the oracle's words.
+fn pods(plan: &ForwardingPlan) -> Option<String> {
+    Some(match plan.node.pods.as_ref()? {
+        PodSources::Cidrs(ranges) => ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+        PodSources::Interface(name) => format!("in by {name}"),
+        PodSources::InterfacePrefix(prefix) => format!("in by {prefix}..."),
+    })
+}
+
+/// Loopback addresses that node ports answer at, in the oracle's words.
+fn localhost(plan: &ForwardingPlan) -> Vec<String> {
+    let listed = |scope: &NodePortScope| match scope {
+        NodePortScope::AllLocal => Vec::new(),
+        NodePortScope::Addresses(list) => {
+            list.iter().filter(|ip| ip.is_loopback()).map(ToString::to_string).collect()
+        }
+    };
+    assert_eq!(listed(&plan.node.node_ports_v6), [""; 0], "never in IPv6");
+    match &plan.node.node_ports_v4 {
+        NodePortScope::AllLocal if plan.node.localhost_node_ports => vec!["all".to_owned()],
+        scope => listed(scope),
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
@@ -48,6 +72,8 @@ proptest! {
         let config = draw.config();
         let mut cluster = Cluster::new(config.clone());
         let mut node = super::cluster::node();
+        let interfaces = ["127.0.0.1", "127.1.0.1", "192.168.0.2", "::1"].map(ip).to_vec();
+        cluster.view.set_interface_addresses(interfaces.clone());
         for changes in batches {
             let mut keys: Vec<ServiceKey> =
                 (0..changes).map(|_| change(&mut draw, &mut cluster.state)).collect();
@@ -61,13 +87,17 @@ proptest! {
             let after = cluster.plans();
             prop_assert_eq!(&changed.services, &differences(&before, &after));
 
-            let oracle = Oracle::new(&config, &node, &cluster.state).plans();
+            let oracle = Oracle::new(&config, &node, &cluster.state);
+            prop_assert_eq!(pods(cluster.view.plan()), oracle.pods());
+            prop_assert_eq!(localhost(cluster.view.plan()), oracle.localhost(&interfaces));
+            let oracle = oracle.plans();
             for key in differences(&after, &oracle) {
                 prop_assert_eq!(after.get(&key), oracle.get(&key), "{}", key);
             }
 
             let mut fresh = View::new(config.clone());
             fresh.set_node(node.clone());
+            fresh.set_interface_addresses(interfaces.clone());
             let all: Vec<ServiceKey> = cluster.state.service_keys().cloned().collect();
             fresh.update(&cluster.state, &all);
             prop_assert_eq!(fresh.plan(), cluster.view.plan());

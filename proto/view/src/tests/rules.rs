@@ -5,8 +5,8 @@ use lockstep_model::{EndpointPort, Family, Key, Protocol, ServiceType, TrafficPo
 use super::cluster::*;
 use crate::explain::{Exclusion, explain};
 use crate::{
-    Action, HealthCheck, NodePortAddresses, NodePortScope, Pool, PortPlan, ServicePlan, Surface, Target,
-    ViewConfig, load_balancers_may_use,
+    Action, DetectLocal, Facts, HealthCheck, InterfaceName, NodePortAddresses, NodePortScope, PodSources,
+    Pool, PortPlan, ServicePlan, Surface, Target, ViewConfig, load_balancers_may_use,
 };
 
 /// `address:port` of a pool.
@@ -297,6 +297,79 @@ fn a_node_whose_addresses_are_unknown_answers_node_ports_at_all_of_them() {
     let plan = config.node_plan(&known, &[]);
     assert_eq!(plan.node_ports(Family::V4), &NodePortScope::Addresses(vec![ip("192.168.0.2")]));
     assert_eq!(plan.node_ports(Family::V6), &NodePortScope::Addresses(Vec::new()));
+}
+
+#[test]
+fn node_ports_answer_at_localhost_where_the_configuration_does_not_leave_it_out() {
+    let (config, interfaces) = (config(), ["127.0.0.1", "::1", "192.168.0.2"].map(ip));
+    let at = |addresses: NodePortAddresses, localhost_node_ports| {
+        let config = ViewConfig { node_port_addresses: addresses, localhost_node_ports, ..config.clone() };
+        let plan = config.node_plan(&node(), &interfaces);
+        (plan.localhost_node_ports, plan.node_ports_v4, plan.node_ports_v6)
+    };
+    let cidrs = |list: &[&str]| NodePortAddresses::Cidrs(list.iter().map(|it| it.parse().unwrap()).collect());
+    let all = || NodePortScope::AllLocal;
+    let only = |list: &[&str]| NodePortScope::Addresses(list.iter().map(|it| ip(it)).collect());
+    assert_eq!(at(NodePortAddresses::AllLocal, true), (true, all(), all()));
+    assert_eq!(at(NodePortAddresses::AllLocal, false), (false, all(), all()));
+    let primary = (false, only(&["192.168.0.2"]), only(&["2001:db8::1"]));
+    assert_eq!(at(NodePortAddresses::Primary, true), primary);
+    assert_eq!(at(cidrs(&["192.168.0.0/24"]), true), (false, only(&["192.168.0.2"]), all()));
+    let both = ["192.168.0.0/24", "127.0.0.1/32", "::1/128"];
+    assert_eq!(at(cidrs(&both), true), (true, only(&["127.0.0.1", "192.168.0.2"]), only(&[])));
+    assert_eq!(at(cidrs(&both), false), (false, only(&["192.168.0.2"]), only(&[])));
+    assert_eq!(at(cidrs(&["fd00::/8"]), true), (true, all(), only(&[])), "no CIDR of the family");
+    assert_eq!(at(cidrs(&["126.0.0.0/7"]), true), (true, only(&["127.0.0.1"]), all()));
+    let v6_only = ViewConfig { families: vec![Family::V6], localhost_node_ports: true, ..config.clone() };
+    assert!(!v6_only.node_plan(&node(), &interfaces).localhost_node_ports);
+}
+
+#[test]
+fn pod_ranges_of_the_node_are_followed() {
+    let mut cluster = Cluster::new(ViewConfig { detect_local: DetectLocal::NodeCidrs, ..config() });
+    let web = service("a/web", &["172.30.0.1"]);
+    cluster.put(web.clone());
+    cluster.put(slice(&web, "s1", vec![endpoint("10.1.0.2", "n2", READY)]));
+    let actions = |cluster: &Cluster| {
+        let frontend = only_port(&cluster.plan(&web)).frontends[0].clone();
+        (frontend.from_pod, frontend.from_node)
+    };
+    let [kept, masqueraded] =
+        [false, true].map(|masquerade| Action::Forward { pool: Pool::Cluster, masquerade });
+    assert_eq!(cluster.view.plan().node.pods, None);
+    assert_eq!(actions(&cluster), (kept, kept), "nobody can be told apart");
+
+    let with = |cidr: &str| {
+        let cidrs = vec![cidr.parse().unwrap()];
+        (lockstep_model::NodeContext { pod_cidrs: cidrs.clone(), ..node() }, Some(PodSources::Cidrs(cidrs)))
+    };
+    let (node, pods) = with("10.1.0.0/24");
+    cluster.view.set_node(node);
+    let changed = cluster.view.update(&cluster.state, &[]);
+    assert_eq!((changed.services, changed.node), (vec![web.key.clone()], true));
+    assert_eq!(cluster.view.plan().node.pods, pods);
+    assert_eq!(actions(&cluster), (kept, masqueraded));
+
+    // Another range: the same actions, for other packets.
+    let (node, pods) = with("10.2.0.0/24");
+    cluster.view.set_node(node);
+    let changed = cluster.view.update(&cluster.state, &[]);
+    assert_eq!((changed.services, changed.node), (Vec::new(), true));
+    assert_eq!(cluster.view.plan().node.pods, pods);
+}
+
+#[test]
+fn interfaces_tell_pods_in_both_families() {
+    let name = InterfaceName::new("br0").unwrap();
+    for (detect_local, pods) in [
+        (DetectLocal::BridgeInterface(name.clone()), PodSources::Interface(name.clone())),
+        (DetectLocal::InterfaceNamePrefix(name.clone()), PodSources::InterfacePrefix(name.clone())),
+    ] {
+        let config = ViewConfig { detect_local, ..config() };
+        assert_eq!(config.node_plan(&node(), &[]).pods, Some(pods));
+        let facts = Facts::new(&config, &node());
+        assert!(Family::ALL.into_iter().all(|family| facts.tells_pods(family)));
+    }
 }
 
 #[test]

@@ -117,6 +117,10 @@ fn a_node_port_is_one_only_at_the_addresses_of_the_node() {
     assert_eq!(fate(&mut cluster, &dns, "127.0.0.1:30053", "10.1.0.9:5353"), Fate::CutIfLocal);
     let plan = cluster.plan(&dns);
     let mut node = cluster.view.plan().node.clone();
+    node.localhost_node_ports = true;
+    let own = Flow { destination: target("127.0.0.1:30053"), answers: target("127.0.0.1:30053") };
+    let fate_of_own = UdpFrontends::of(&node, [&*plan]).fate(&own);
+    assert_eq!(fate_of_own, Fate::CutIfLocal, "from before there were rules: the number is the Service's");
     node.node_ports_v4 = NodePortScope::Addresses(vec![ip("10.9.9.9")]);
     let frontends = UdpFrontends::of(&node, [&*plan]);
     let fate = |to: &str| frontends.fate(&Flow { destination: target(to), answers: target("10.1.0.9:5353") });

@@ -120,6 +120,7 @@ impl Backend for FakeBackend {
             families: Family::ALL.to_vec(),
             features: vec![Feature::Sctp],
             node_port_addresses: NodePortAddresses::AllLocal,
+            localhost_node_ports: Ok(()),
         }
     }
 
