@@ -158,10 +158,10 @@ impl<'a> Candidates<'a> {
         self.list.iter().filter(serves).map(|it| it.target).collect()
     }
 
-    /// Those of the pools in use that run on this node.
-    pub fn hairpin(&self, facts: &Facts, cluster: bool, local: &[Target]) -> Vec<Target> {
+    /// Those of the pools in use that run on this node or, with `everywhere`, on any.
+    pub fn hairpin(&self, facts: &Facts, cluster: bool, local: &[Target], everywhere: bool) -> Vec<Target> {
         let met = |it: &&Candidate<'_>| {
-            is_local(it.endpoint, facts)
+            (everywhere || is_local(it.endpoint, facts))
                 && (cluster && self.in_cluster(it.endpoint, facts) || local.binary_search(&it.target).is_ok())
         };
         self.list.iter().filter(met).map(|it| it.target).collect()

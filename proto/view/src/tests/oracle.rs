@@ -227,7 +227,11 @@ impl<'a> Oracle<'a> {
             local.clear();
         }
         let both: BTreeSet<Target> = cluster.iter().chain(&local).copied().collect();
-        let hairpin = both.into_iter().filter(|target| here(all[target])).collect();
+        let unmasked = Action::Forward { pool: Pool::Cluster, masquerade: false };
+        let from_afar = frontends
+            .iter()
+            .any(|it| !matches!(it.surface, Surface::ClusterIp(_)) && it.from_pod == unmasked);
+        let hairpin = both.into_iter().filter(|target| from_afar || here(all[target])).collect();
         let serves = |it: &Endpoint| it.conditions.ready || it.conditions.serving;
         let mut serving: Vec<Target> = Vec::new();
         if protocol == Protocol::Udp {

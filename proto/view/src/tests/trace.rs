@@ -195,6 +195,10 @@ fn a_client_is_masqueraded_only_towards_itself() {
     let trace = follow(&cluster, A, "172.30.0.1", 80);
     let seen: Vec<_> = trace.answers.iter().map(|it| it.masquerade).collect();
     assert_eq!(seen, [Some(Masquerade::Hairpin), None]);
+    // On another node, too: it dials a node port here, and its address is kept.
+    let trace = follow(&cluster, B, NODE, 3002);
+    let seen: Vec<_> = trace.answers.iter().map(|it| it.masquerade).collect();
+    assert_eq!(seen, [None, Some(Masquerade::Hairpin)]);
     let trace = follow(&cluster, A, "5.6.7.1", 80);
     assert!(trace.answers.iter().all(|it| it.masquerade == Some(Masquerade::Action)));
 }
