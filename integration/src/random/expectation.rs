@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use lockstep_model::{Interner, NodeContext, Port, Protocol, ServiceKey, State};
 use lockstep_view::trace::{Packet, Trace, Verdict};
-use lockstep_view::{Action, ForwardingPlan, Surface, View, ViewConfig};
+use lockstep_view::{Action, DetectLocal, ForwardingPlan, Surface, View, ViewConfig};
 use lockstep_wire::convert;
 use lockstep_wire::v1;
 use lockstep_wire::v1::resource::Body;
@@ -86,6 +86,7 @@ impl Plans {
         let family = family_of(to.ip());
         let packet = Packet {
             source: from.address(family),
+            interface: None,
             destination: to.ip(),
             port: Port::new(to.port()).context("port 0")?,
             protocol: match transport {
@@ -190,7 +191,8 @@ async fn snapshot(mut sync: SyncServiceClient<Channel>) -> Result<State> {
 
 fn plan(state: &State, node: NodeContext) -> Result<ForwardingPlan> {
     let mut config = ViewConfig::new(node.name.clone());
-    config.cluster_cidrs = POD_CIDRS.split(',').map(str::parse).collect::<Result<_, _>>()?;
+    let cidrs = POD_CIDRS.split(',').map(str::parse).collect::<Result<_, _>>()?;
+    config.detect_local = DetectLocal::ClusterCidrs(cidrs);
     let mut view = View::new(config);
     view.set_node(node);
     let keys: Vec<ServiceKey> = state.service_keys().cloned().collect();

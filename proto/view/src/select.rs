@@ -158,11 +158,12 @@ impl<'a> Candidates<'a> {
         self.list.iter().filter(serves).map(|it| it.target).collect()
     }
 
-    /// Those of the pools in use that run on this node, or may: who writes a slice by hand need not
-    /// say where an endpoint is.
-    pub fn hairpin(&self, facts: &Facts, cluster: bool, local: &[Target]) -> Vec<Target> {
+    /// Those of the pools in use that run on this node, or may (who writes a slice by hand need not
+    /// say where an endpoint is); with `everywhere`, all of them.
+    pub fn hairpin(&self, facts: &Facts, cluster: bool, local: &[Target], everywhere: bool) -> Vec<Target> {
+        let may_be_here = |it: &Endpoint| it.node_name.as_ref().is_none_or(|name| **name == *facts.node);
         let met = |it: &&Candidate<'_>| {
-            it.endpoint.node_name.as_ref().is_none_or(|name| **name == *facts.node)
+            (everywhere || may_be_here(it.endpoint))
                 && (cluster && self.in_cluster(it.endpoint, facts) || local.binary_search(&it.target).is_ok())
         };
         self.list.iter().filter(met).map(|it| it.target).collect()

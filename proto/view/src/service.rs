@@ -13,7 +13,7 @@ use crate::claims::{self, Owners, Place};
 use crate::config::Facts;
 use crate::decide::{self, Situation, Verdicts};
 use crate::select::{self, Candidates};
-use crate::{Conflict, Frontend, HealthCheck, Pool, PortPlan, ServicePlan, Surface};
+use crate::{Action, Conflict, Frontend, HealthCheck, Pool, PortPlan, ServicePlan, Surface};
 
 /// Plans one Service from its endpoint sets, in order of slice name. `None` where it has
 /// nothing to program and nothing to report.
@@ -98,7 +98,10 @@ fn port_plan(
     let external = decide::external(service.external_traffic_policy, situation);
     let uses_cluster = inside && internal.uses(Pool::Cluster) || outside && external.uses(Pool::Cluster);
     let cluster = if uses_cluster { candidates.cluster(facts) } else { Vec::new() };
-    let hairpin = candidates.hairpin(facts, uses_cluster, &local);
+    // A pod of another node that dials a node port here keeps its address, so it can meet itself.
+    let short_circuit = Action::Forward { pool: Pool::Cluster, masquerade: false };
+    let everywhere = outside && external.from_pod == short_circuit;
+    let hairpin = candidates.hairpin(facts, uses_cluster, &local, everywhere);
     let serving = if port.protocol == Protocol::Udp { candidates.serving() } else { Vec::new() };
     let mut frontends = Vec::with_capacity(places.len());
     frontends.extend(places.iter().map(|(surface, number)| match surface {

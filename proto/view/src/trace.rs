@@ -10,16 +10,18 @@ use ipnet::IpNet;
 use lockstep_model::{Family, Port, Protocol, ServiceKey};
 
 use crate::{
-    Action, ForwardingPlan, Frontend, NodePlan, NodePortScope, PodSources, Pool, PortPlan, ServicePlan,
-    Source, Surface, Target,
+    Action, ForwardingPlan, Frontend, InterfaceName, NodePlan, NodePortScope, PodSources, Pool, PortPlan,
+    ServicePlan, Source, Surface, Target,
 };
 
 /// The first packet of a new connection, as it comes to the node or starts there, before anybody
 /// translates it. Both addresses are of one family; where they are not, nothing matches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet {
     /// Where it comes from.
     pub source: IpAddr,
+    /// The interface it comes in by; `None` = none, as for packets of the node itself, or not known.
+    pub interface: Option<InterfaceName>,
     /// Where it is sent.
     pub destination: IpAddr,
     /// Port at the destination.
@@ -49,6 +51,8 @@ pub struct Trace<'a> {
 pub enum ToldBy {
     /// The source is in this network of pods.
     PodNetwork(IpNet),
+    /// It comes in by the interface of pods, or one whose name begins like theirs.
+    PodInterface,
     /// The source is an address local to the node.
     LocalAddress,
     /// It is neither, so it is from elsewhere.
@@ -100,7 +104,7 @@ impl ForwardingPlan {
     /// as far as they are known: by them the node's own packets and, with
     /// [`NodePortScope::AllLocal`], its node ports are told.
     pub fn trace(&self, packet: &Packet, local: &[IpAddr]) -> Trace<'_> {
-        let (source, told_by) = self.node.classify(packet.source, local);
+        let (source, told_by) = self.node.classify(packet, local);
         let matched = self.frontend(packet, local);
         let verdict = match &matched {
             None => Verdict::LeftAlone,
@@ -142,25 +146,37 @@ impl ForwardingPlan {
 }
 
 impl NodePlan {
-    /// Class of a source. The first that matches counts: pod, then node, then anything else.
-    pub fn classify(&self, source: IpAddr, local: &[IpAddr]) -> (Source, ToldBy) {
-        let network = self.pods.as_ref().and_then(|pods| match pods {
-            PodSources::Cidrs(cidrs) => cidrs.iter().find(|cidr| cidr.contains(&source)),
+    /// Class of the source. The first that matches counts: pod, then node, then anything else.
+    pub fn classify(&self, packet: &Packet, local: &[IpAddr]) -> (Source, ToldBy) {
+        let came_in_by = |fits: &dyn Fn(&str) -> bool| {
+            let name = packet.interface.as_ref().map(InterfaceName::as_str);
+            name.is_some_and(fits).then_some(ToldBy::PodInterface)
+        };
+        let pod = self.pods.as_ref().and_then(|pods| match pods {
+            PodSources::Cidrs(cidrs) => {
+                let network = cidrs.iter().find(|cidr| cidr.contains(&packet.source));
+                network.map(|network| ToldBy::PodNetwork(*network))
+            }
+            PodSources::Interface(wanted) => came_in_by(&|name| name == wanted.as_str()),
+            PodSources::InterfacePrefix(prefix) => came_in_by(&|name| name.starts_with(prefix.as_str())),
         });
-        match network {
-            Some(network) => (Source::Pod, ToldBy::PodNetwork(*network)),
-            None if local.contains(&source) => (Source::Node, ToldBy::LocalAddress),
+        match pod {
+            Some(told_by) => (Source::Pod, told_by),
+            None if local.contains(&packet.source) => (Source::Node, ToldBy::LocalAddress),
             None => (Source::Elsewhere, ToldBy::Nothing),
         }
     }
 
     /// True where node ports answer at an address.
     pub fn has_node_ports_at(&self, address: IpAddr, local: &[IpAddr]) -> bool {
+        if address.is_loopback() {
+            return address.is_ipv4() && self.localhost_node_ports;
+        }
         let scope = match self.node_ports(Family::of(address)) {
             NodePortScope::AllLocal => local,
             NodePortScope::Addresses(addresses) => addresses,
         };
-        scope.contains(&address) && !address.is_loopback()
+        scope.contains(&address)
     }
 }
 

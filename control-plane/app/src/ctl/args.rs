@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
 use clap::{Parser, Subcommand, ValueEnum};
+use lockstep_view::InterfaceName;
 use lockstep_wire::v1;
 
 /// Asks a Lockstep control plane what is programmed where: is this Service in force on every
@@ -163,6 +164,10 @@ pub(super) struct Question {
     /// Address of the client, as that node sees it
     #[arg(long, value_name = "ADDRESS")]
     pub(super) from: IpAddr,
+    /// Interface of the node that the packet comes in by, where pods are told by it. Without it: by
+    /// none of theirs
+    #[arg(long, value_name = "NAME", value_parser = interface)]
+    pub(super) interface: Option<InterfaceName>,
     /// Transport protocol
     #[arg(value_name = "PROTOCOL")]
     pub(super) protocol: Transport,
@@ -240,6 +245,10 @@ impl WaitLevel {
             WaitLevel::Verified => "verified",
         }
     }
+}
+
+fn interface(text: &str) -> Result<InterfaceName, String> {
+    InterfaceName::new(text).map_err(|error| error.to_string())
 }
 
 /// `500ms`, `30s`, `5m`, `1h`; at most a day.

@@ -65,7 +65,7 @@ impl Question {
             Transport::Udp => Protocol::Udp,
             Transport::Sctp => Protocol::Sctp,
         };
-        Ok(Packet { source, destination, port, protocol })
+        Ok(Packet { source, interface: self.interface.clone(), destination, port, protocol })
     }
 }
 
@@ -78,7 +78,7 @@ pub(super) async fn explain(channel: Channel, question: &Question) -> Result<Exp
     for _ in 0..TRIES {
         let request = v1::GetNodeRequest { node_name: question.node.clone() };
         let node = status.get_node(request).await?.into_inner();
-        if let Some(evidence) = gather(&mut status, &mut sync, packet, node).await? {
+        if let Some(evidence) = gather(&mut status, &mut sync, packet.clone(), node).await? {
             return Ok(Explanation::new(&evidence));
         }
     }

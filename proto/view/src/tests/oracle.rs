@@ -265,8 +265,13 @@ impl<'a> Oracle<'a> {
             local.clear();
         }
         let both: BTreeSet<Target> = cluster.iter().chain(&local).copied().collect();
+        let unmasked = Action::Forward { pool: Pool::Cluster, masquerade: false };
+        let from_afar = frontends
+            .iter()
+            .any(|it| !matches!(it.surface, Surface::ClusterIp(_)) && it.from_pod == unmasked);
         let unknown = |it: &Endpoint| it.node_name.is_none();
-        let hairpin = both.into_iter().filter(|target| here(all[target]) || unknown(all[target])).collect();
+        let met = |target: &Target| from_afar || here(all[target]) || unknown(all[target]);
+        let hairpin = both.into_iter().filter(met).collect();
         let serves = |it: &Endpoint| it.conditions.ready || it.conditions.serving;
         let mut serving: Vec<Target> = Vec::new();
         if protocol == Protocol::Udp {

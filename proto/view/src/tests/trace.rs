@@ -9,7 +9,7 @@ use super::cluster::{
     Cluster, DRAINING, READY, config, endpoint, ip, node, number, port, service, slice, vip,
 };
 use crate::trace::{Masquerade, Packet, ToldBy, Trace, Verdict};
-use crate::{Action, NodePortAddresses, Source, Surface, ViewConfig};
+use crate::{Action, DetectLocal, InterfaceName, NodePortAddresses, Source, Surface, ViewConfig};
 
 const POD: &str = "10.0.0.2";
 const NODE: &str = "192.168.0.2";
@@ -23,7 +23,13 @@ fn local() -> Vec<IpAddr> {
 }
 
 fn packet(from: &str, to: &str, port: u16) -> Packet {
-    Packet { source: ip(from), destination: ip(to), port: number(port), protocol: Protocol::Tcp }
+    Packet {
+        source: ip(from),
+        interface: None,
+        destination: ip(to),
+        port: number(port),
+        protocol: Protocol::Tcp,
+    }
 }
 
 fn follow<'a>(cluster: &'a Cluster, from: &str, to: &str, port: u16) -> Trace<'a> {
@@ -125,13 +131,40 @@ fn internal_and_external_policy_and_who_is_masqueraded() {
 
 #[test]
 fn without_a_way_to_tell_pods_nobody_is_short_circuited_and_cluster_ips_see_clients() {
-    let nobody = ViewConfig { cluster_cidrs: Vec::new(), ..config() };
+    let nobody = ViewConfig { detect_local: DetectLocal::ClusterCidrs(Vec::new()), ..config() };
     let pods_are_outside = ["pod -> NP: A,B m | A | A,B m", "pod -> VIP: A,B m | A | A,B m"];
     let plain = ["node -> CIP: A,B | A,B | A", "ext -> CIP: A,B | A,B | A"];
     assert_eq!(table(nobody.clone()), base_but(&[pods_are_outside, plain].concat()));
     let all = ViewConfig { masquerade_all: true, ..nobody };
     let marked = ["pod -> CIP: A,B m | A,B m | A m"];
     assert_eq!(table(all), base_but(&[&pods_are_outside[..], &marked[..]].concat()));
+}
+
+#[test]
+fn by_interface_whoever_comes_in_by_it_is_a_pod_and_nobody_else() {
+    let name = |text: &str| InterfaceName::new(text).unwrap();
+    let modes = [DetectLocal::BridgeInterface(name("cali1")), DetectLocal::InterfaceNamePrefix(name("cali"))];
+    for (detect_local, other) in modes.into_iter().zip(["cali10", "eth0"]) {
+        let cluster = masquerade_cluster(ViewConfig { detect_local, ..config() });
+        let class = |from: &str, interface: Option<&str>| {
+            let packet = Packet { interface: interface.map(name), ..packet(from, "5.6.7.2", 80) };
+            let trace = cluster.view.plan().trace(&packet, &local());
+            (trace.source, trace.told_by)
+        };
+        assert_eq!(class(OUTSIDE, Some("cali1")), (Source::Pod, ToldBy::PodInterface));
+        assert_eq!(class(POD, Some(other)), (Source::Elsewhere, ToldBy::Nothing));
+        assert_eq!(class(POD, None), (Source::Elsewhere, ToldBy::Nothing));
+        assert_eq!(class(NODE, None), (Source::Node, ToldBy::LocalAddress));
+    }
+}
+
+#[test]
+fn node_ports_answer_at_localhost_where_they_are_meant_to() {
+    let at = |localhost_node_ports| {
+        let cluster = masquerade_cluster(ViewConfig { localhost_node_ports, ..config() });
+        result(&cluster, "127.0.0.1", "127.0.0.1", 3001)
+    };
+    assert_eq!((at(true).as_str(), at(false).as_str()), ("A,B m", ""));
 }
 
 #[test]
@@ -195,6 +228,10 @@ fn a_client_is_masqueraded_only_towards_itself() {
     let trace = follow(&cluster, A, "172.30.0.1", 80);
     let seen: Vec<_> = trace.answers.iter().map(|it| it.masquerade).collect();
     assert_eq!(seen, [Some(Masquerade::Hairpin), None]);
+    // On another node, too: it dials a node port here, and its address is kept.
+    let trace = follow(&cluster, B, NODE, 3002);
+    let seen: Vec<_> = trace.answers.iter().map(|it| it.masquerade).collect();
+    assert_eq!(seen, [None, Some(Masquerade::Hairpin)]);
     let trace = follow(&cluster, A, "5.6.7.1", 80);
     assert!(trace.answers.iter().all(|it| it.masquerade == Some(Masquerade::Action)));
 }

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use lockstep_model::{Endpoint, EndpointSet, Service};
+use lockstep_view::DetectLocal;
 use lockstep_view::explain::{EndpointExplanation, Exclusion, PortExplanation, explain};
 use lockstep_view::select::Topology;
 use lockstep_view::trace::{Answer, Masquerade, Match, ToldBy, Trace, Verdict};
@@ -38,6 +39,8 @@ pub(in crate::ctl) struct Explanation {
 #[serde(rename_all = "camelCase")]
 pub(super) struct Packet {
     pub(super) source: IpAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) interface: Option<String>,
     pub(super) destination: IpAddr,
     pub(super) port: u16,
     pub(super) protocol: String,
@@ -50,7 +53,11 @@ pub(super) struct Settings {
     /// False = the node does not say, and these are assumed.
     pub(super) known: bool,
     pub(super) detect_local_mode: &'static str,
+    /// By these, where pods are told by their addresses.
     pub(super) pod_networks: Vec<String>,
+    /// By this name, or beginning of one, where they are told by their interface.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) pod_interface: Option<String>,
     pub(super) node_ports: String,
     pub(super) masquerade_all: bool,
 }
@@ -181,12 +188,13 @@ impl Explanation {
             node: evidence.context.name.to_string(),
             packet: Packet {
                 source: packet.source,
+                interface: packet.interface.as_ref().map(ToString::to_string),
                 destination: packet.destination,
                 port: packet.port.get(),
                 protocol: packet.protocol.to_string(),
             },
             settings: settings(evidence),
-            source: client(&trace),
+            source: client(evidence, &trace),
             service: trace.matched.as_ref().map(|it| matched(evidence, it)),
             verdict: verdict(trace.verdict),
             reason: reasons::verdict(evidence, &trace, service),
@@ -201,28 +209,46 @@ impl Explanation {
 
 fn settings(evidence: &Evidence) -> Settings {
     let config = &evidence.settings.config;
+    let texts = |cidrs: &[ipnet::IpNet]| cidrs.iter().map(ToString::to_string).collect();
+    let (pod_networks, pod_interface) = match &config.detect_local {
+        DetectLocal::ClusterCidrs(cidrs) => (texts(cidrs), None),
+        DetectLocal::NodeCidrs => (texts(&evidence.context.pod_cidrs), None),
+        DetectLocal::BridgeInterface(name) | DetectLocal::InterfaceNamePrefix(name) => {
+            (Vec::new(), Some(name.to_string()))
+        }
+    };
     Settings {
         known: evidence.settings.known,
         detect_local_mode: evidence.settings.detect_local_mode,
-        pod_networks: config.cluster_cidrs.iter().map(ToString::to_string).collect(),
+        pod_networks,
+        pod_interface,
         node_ports: node_ports(config),
         masquerade_all: config.masquerade_all,
     }
 }
 
-fn client(trace: &Trace<'_>) -> ClientClass {
-    ClientClass {
-        class: match trace.source {
-            Source::Pod => "Pod",
-            Source::Node => "Node",
-            Source::Elsewhere => "Elsewhere",
-        },
-        told_by: match trace.told_by {
-            ToldBy::PodNetwork(network) => format!("in {network}, a network of pods"),
-            ToldBy::LocalAddress => "an address of the node".into(),
-            ToldBy::Nothing => "in no network of pods, and no address that the Node object names".into(),
-        },
-    }
+fn client(evidence: &Evidence, trace: &Trace<'_>) -> ClientClass {
+    let interface = evidence.packet.interface.as_ref();
+    let told_by = match (trace.told_by, &evidence.settings.config.detect_local) {
+        (ToldBy::PodNetwork(network), _) => format!("in {network}, a network of pods"),
+        (ToldBy::PodInterface, _) => "came in by an interface of pods".into(),
+        (ToldBy::LocalAddress, _) => "an address of the node".into(),
+        (ToldBy::Nothing, DetectLocal::ClusterCidrs(_) | DetectLocal::NodeCidrs) => {
+            "in no network of pods, and no address that the Node object names".into()
+        }
+        (ToldBy::Nothing, _) if interface.is_none() => {
+            "pods are told by the interface they come in by, and --interface names none".into()
+        }
+        (ToldBy::Nothing, _) => {
+            "came in by no interface of pods, and has no address that the Node object names".into()
+        }
+    };
+    let class = match trace.source {
+        Source::Pod => "Pod",
+        Source::Node => "Node",
+        Source::Elsewhere => "Elsewhere",
+    };
+    ClientClass { class, told_by }
 }
 
 fn matched(evidence: &Evidence, it: &Match<'_>) -> Matched {

@@ -41,8 +41,13 @@ fn why_not(evidence: &Evidence, service: &Service) -> Option<String> {
     if !service.ports.iter().any(|it| wanted(it) && it.node_port == Some(packet.port)) {
         return None;
     }
+    if to.is_loopback() {
+        return Some(format!(
+            "{key} has node port {}, which never answers at loopback addresses",
+            packet.port
+        ));
+    }
     let own = match evidence.view.plan().node.node_ports(Family::of(to)) {
-        _ if to.is_loopback() => "never at loopback addresses".into(),
         NodePortScope::AllLocal => {
             format!(
                 "at every local address; of those, only the Node object's are known here, and {to} is none"

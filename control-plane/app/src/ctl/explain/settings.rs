@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 use lockstep_model::{Family, NodeContext};
-use lockstep_view::{NodePortAddresses, ViewConfig};
+use lockstep_view::{DetectLocal, InterfaceName, InvalidInterface, NodePortAddresses, ViewConfig};
 use lockstep_wire::v1;
 
 use crate::ctl::Failure;
@@ -61,19 +61,27 @@ impl Told {
             let network = |text: &String| text.parse::<IpNet>().map_err(|_| unknown(field, text));
             texts.iter().map(network).collect::<Result<Vec<IpNet>, _>>()
         };
+        let name = &settings.pod_interface;
+        let interface = |read: fn(&str) -> Result<InterfaceName, InvalidInterface>| {
+            read(name).map_err(|_| unknown("pod_interface", &format!("{name:?}")))
+        };
         let mode = settings.detect_local_mode();
-        match mode {
+        config.detect_local = match mode {
             v1::DetectLocalMode::ClusterCidr => {
-                config.cluster_cidrs = networks("cluster_cidrs", &settings.cluster_cidrs)?;
+                DetectLocal::ClusterCidrs(networks("cluster_cidrs", &settings.cluster_cidrs)?)
             }
-            v1::DetectLocalMode::NodeCidr => config.cluster_cidrs = context.pod_cidrs.clone(),
-            v1::DetectLocalMode::Unspecified
-            | v1::DetectLocalMode::BridgeInterface
-            | v1::DetectLocalMode::InterfaceNamePrefix => {
+            v1::DetectLocalMode::NodeCidr => DetectLocal::NodeCidrs,
+            v1::DetectLocalMode::BridgeInterface => {
+                DetectLocal::BridgeInterface(interface(InterfaceName::new)?)
+            }
+            v1::DetectLocalMode::InterfaceNamePrefix => {
+                DetectLocal::InterfaceNamePrefix(interface(InterfaceName::prefix)?)
+            }
+            v1::DetectLocalMode::Unspecified => {
                 let number = settings.detect_local_mode.to_string();
                 return Err(unknown("detect_local_mode", &number).into());
             }
-        }
+        };
         config.node_port_addresses = match settings.node_port_addresses() {
             v1::NodePortAddresses::AllLocal => NodePortAddresses::AllLocal,
             v1::NodePortAddresses::Primary => NodePortAddresses::Primary,
@@ -87,15 +95,15 @@ impl Told {
         };
         config.masquerade_all = settings.masquerade_all;
         config.masquerade_bit = u8::try_from(settings.masquerade_mark.trailing_zeros() % 32).unwrap_or(0);
-        let mut notes = Vec::new();
-        if settings.loopback_node_ports {
-            notes.push("node ports answer at 127.0.0.1 there, too, which is not explained".into());
-        }
+        config.localhost_node_ports = settings.loopback_node_ports;
         let detect_local_mode = match mode {
+            v1::DetectLocalMode::Unspecified => "Unknown",
+            v1::DetectLocalMode::ClusterCidr => "ClusterCIDR",
             v1::DetectLocalMode::NodeCidr => "NodeCIDR",
-            _ => "ClusterCIDR",
+            v1::DetectLocalMode::BridgeInterface => "BridgeInterface",
+            v1::DetectLocalMode::InterfaceNamePrefix => "InterfaceNamePrefix",
         };
-        Ok(Self { config, known: true, detect_local_mode, notes })
+        Ok(Self { config, known: true, detect_local_mode, notes: Vec::new() })
     }
 }
 

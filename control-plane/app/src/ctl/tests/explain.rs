@@ -226,10 +226,7 @@ async fn a_packet_for_nobody_is_left_alone_and_what_is_close_is_named() {
             "tcp 10.200.0.12:30443",
             "shop/cart has node port 30443, which answers on n1 at the primary addresses: 10.200.0.11",
         ),
-        (
-            "tcp 127.0.0.1:30443",
-            "shop/cart has node port 30443, which answers on n1 never at loopback addresses",
-        ),
+        ("tcp 127.0.0.1:30443", "shop/cart has node port 30443, which never answers at loopback addresses"),
     ] {
         let it = world.json(&format!("--node n1 --from 10.1.0.9 {to}")).await;
         assert_eq!((&it["verdict"], &it["nearby"][0]), (&"LeftAlone".into(), &near.into()), "{to}");
