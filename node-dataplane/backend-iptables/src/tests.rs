@@ -60,7 +60,7 @@ fn port_plan(family: Family, cluster: &[&str], local: &[&str], frontends: Vec<Fr
 fn service(name: &str, ports: Vec<PortPlan>) -> ServicePlan {
     let (required_features, conflicts) = (Vec::new(), Vec::new());
     let key = ServiceKey::new("default", name);
-    ServicePlan { key, ports, required_features, health_check: None, conflicts }
+    ServicePlan { key, ports, required_features, health_check: None, conflicts, cluster_ips: Vec::new() }
 }
 
 fn node() -> NodePlan {
@@ -70,6 +70,7 @@ fn node() -> NodePlan {
         node_ports_v4: NodePortScope::AllLocal,
         node_ports_v6: NodePortScope::AllLocal,
         masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
     }
 }
 

@@ -138,7 +138,14 @@ fn plan() -> ForwardingPlan {
         }
         let key = ServiceKey::new("default", name);
         let (required_features, conflicts) = (Vec::new(), Vec::new());
-        services.push(ServicePlan { key, ports, required_features, health_check: None, conflicts });
+        services.push(ServicePlan {
+            key,
+            ports,
+            required_features,
+            health_check: None,
+            conflicts,
+            cluster_ips: Vec::new(),
+        });
     }
     let cidrs = ["10.244.0.0/16", "fd00:244::/64"].map(|cidr| cidr.parse().unwrap());
     let node = NodePlan {
@@ -146,6 +153,7 @@ fn plan() -> ForwardingPlan {
         node_ports_v4: NodePortScope::AllLocal,
         node_ports_v6: NodePortScope::AllLocal,
         masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
     };
     ForwardingPlan { node, services: services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect() }
 }

@@ -54,6 +54,7 @@ fn service(n: u32, endpoints: u32, variant: u32) -> Arc<ServicePlan> {
         required_features: Vec::new(),
         health_check: None,
         conflicts: Vec::new(),
+        cluster_ips: Vec::new(),
     })
 }
 
@@ -63,6 +64,7 @@ fn measure(services: u32, endpoints: u32) -> Result<(), Box<dyn std::error::Erro
         node_ports_v4: NodePortScope::AllLocal,
         node_ports_v6: NodePortScope::AllLocal,
         masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
     };
     let all = (0..services).map(|n| service(n, endpoints, 0)).map(|plan| (plan.key.clone(), plan)).collect();
     let mut plan = ForwardingPlan { node, services: all };
