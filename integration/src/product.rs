@@ -144,6 +144,11 @@ impl Product {
         self.modes[usize::from(node) - 1] = mode;
     }
 
+    /// How the nodes program their kernels, where all do as node 1 does.
+    pub fn mode(&self) -> Mode {
+        self.modes[0]
+    }
+
     /// What an agent keeps on disk.
     pub fn state_directory(&self, node: u8, name: &str) -> PathBuf {
         self.lab.directory().join(format!("state-{}-{name}", Place::Node(node)))

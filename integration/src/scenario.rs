@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::lab::{Family, Lab, Place};
-use crate::product::Product;
+use crate::product::{Mode, Product};
 use crate::traffic::{OTHER_POD_PORT, Outcome, POD_PORT, Transport, probe};
 
 /// Connections that look for an endpoint before it counts as missing: with three endpoints the
@@ -108,6 +108,23 @@ pub enum Expect {
     /// No pod answers, whatever else happens: the address is nobody's, and the packet goes where
     /// the routes lead.
     Unanswered,
+    /// Not the same in every mode, as `docs/parity.md` has it.
+    In {
+        /// In nftables mode.
+        nftables: Box<Expect>,
+        /// In iptables mode, in both flavours.
+        iptables: Box<Expect>,
+    },
+}
+
+impl Expect {
+    fn of(&self, mode: Mode) -> &Expect {
+        match (self, mode) {
+            (Expect::In { nftables, .. }, Mode::Nftables) => nftables.of(mode),
+            (Expect::In { iptables, .. }, _) => iptables.of(mode),
+            (same, _) => same,
+        }
+    }
 }
 
 impl Scenario {
@@ -145,7 +162,9 @@ impl Step {
             let running: Vec<_> = self
                 .probes
                 .iter()
-                .map(|probe| scope.spawn(|| probe.run(&product.lab).with_context(|| probe.to_string())))
+                .map(|probe| {
+                    scope.spawn(|| probe.run(&product.lab, product.mode()).with_context(|| probe.to_string()))
+                })
                 .collect();
             running
                 .into_iter()
@@ -161,10 +180,11 @@ impl Step {
 }
 
 impl Probe {
-    fn run(&self, lab: &Lab) -> Result<()> {
+    fn run(&self, lab: &Lab, mode: Mode) -> Result<()> {
         let from: Place = self.from.parse()?;
         let to = SocketAddr::new(self.to.parse().with_context(|| self.to.clone())?, self.port);
-        match &self.expect {
+        match self.expect.of(mode) {
+            Expect::In { .. } => bail!("no mode is another"),
             Expect::Refused => expect_only(&Outcome::Refused, &probe(lab, from, self.protocol, to)?),
             Expect::Dropped => expect_only(&Outcome::Timeout, &probe(lab, from, self.protocol, to)?),
             Expect::Unanswered => match probe(lab, from, self.protocol, to)? {
