@@ -356,21 +356,6 @@ async fn service_cidrs_reach_a_follower_and_are_there_until_they_are_gone() -> R
     Ok(())
 }
 
-/// As before Kubernetes 1.33.
-#[tokio::test]
-async fn an_api_server_without_service_cidrs_holds_nothing_up() -> Result<()> {
-    let _turn = ONE_AT_A_TIME.lock().await;
-    let off = "--runtime-config=networking.k8s.io/v1/servicecidrs=false";
-    let server = ApiServer::start_with(&[off]).await?;
-    let mut known = Known::start(&server).await?;
-    known.until("synced", |known| known.synced).await;
-    server.cluster().await?.create(Kind::Service, service("a", 80)).await?;
-    known.until("a", |known| known.port("a") == 80).await;
-    assert!(!known.revisions.contains_key("servicecidrs") && !known.resources.contains_key("kubernetes"));
-    known.end().await;
-    Ok(())
-}
-
 #[tokio::test]
 async fn changes_are_followed() -> Result<()> {
     let _turn = ONE_AT_A_TIME.lock().await;
