@@ -280,6 +280,8 @@ pub enum Kind {
     EndpointSlice,
     /// A Node; its namespace counts for nothing.
     Node,
+    /// A ServiceCIDR, likewise.
+    ServiceCidr,
 }
 
 /// A client that writes objects as JSON.
@@ -378,6 +380,7 @@ impl Kind {
             Kind::Service => "Service",
             Kind::EndpointSlice => "EndpointSlice",
             Kind::Node => "Node",
+            Kind::ServiceCidr => "ServiceCIDR",
         }
     }
 
@@ -385,6 +388,7 @@ impl Kind {
         match self {
             Kind::Service | Kind::Node => "v1",
             Kind::EndpointSlice => "discovery.k8s.io/v1",
+            Kind::ServiceCidr => "networking.k8s.io/v1",
         }
     }
 
@@ -395,6 +399,7 @@ impl Kind {
                 format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices")
             }
             Kind::Node => "/api/v1/nodes".to_owned(),
+            Kind::ServiceCidr => "/apis/networking.k8s.io/v1/servicecidrs".to_owned(),
         }
     }
 }

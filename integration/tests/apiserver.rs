@@ -281,11 +281,13 @@ async fn the_first_lists_are_complete_and_only_what_is_for_us_is_read() -> Resul
 
     let mut known = Known::start(&server).await?;
     known.until("synced", |known| known.synced).await;
+    // The API server makes its own as it starts.
+    known.until("its own ServiceCIDR", |known| known.resources.contains_key("kubernetes")).await;
     assert_eq!(
         known.ports(),
         truth(&cluster).await?.into_iter().filter(|(name, _)| name.starts_with('s')).collect()
     );
-    assert_eq!(known.resources.len(), 601, "300 Services, 300 slices and default/kubernetes");
+    assert_eq!(known.resources.len(), 602, "300 Services, 300 slices, default/kubernetes, a ServiceCIDR");
     assert_eq!(known.endpoints("default/s299/s299-1"), ["10.1.1.50"]);
     assert_eq!(known.nodes.len(), 5);
     let node = &known.nodes["node-1"];
@@ -297,17 +299,59 @@ async fn the_first_lists_are_complete_and_only_what_is_for_us_is_read() -> Resul
     assert!(known.alive > 0);
     assert_eq!(
         known.revisions.keys().collect::<Vec<_>>(),
-        ["endpointslices", "nodes", "services"],
+        ["endpointslices", "nodes", "servicecidrs", "services"],
         "how far each watch has come is told"
     );
-    for (resource, fields) in
-        [("services", "spec.clusterIP%21%3DNone"), ("endpointslices", ""), ("nodes", "")]
-    {
+    for (resource, fields) in [
+        ("services", "spec.clusterIP%21%3DNone"),
+        ("endpointslices", ""),
+        ("nodes", ""),
+        ("servicecidrs", ""),
+    ] {
         let asked = audit.requests(resource)?;
         let listed = |uri: &&String| uri.contains("sendInitialEvents=true") && uri.contains(fields);
         assert_eq!(asked.iter().filter(listed).count(), 1, "one streaming list of {resource}: {asked:?}");
         assert!(!asked.iter().any(|uri| uri.contains("limit=")), "no pages of {resource}: {asked:?}");
     }
+    known.end().await;
+    Ok(())
+}
+
+#[tokio::test]
+async fn service_cidrs_reach_a_follower_and_are_there_until_they_are_gone() -> Result<()> {
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let server = ApiServer::start().await?;
+    let cluster = server.cluster().await?;
+    let mut known = Known::start(&server).await?;
+    let cidrs = |known: &Known, name: &str| match known.resources.get(name) {
+        Some(Resource::ServiceCidr(cidr)) => {
+            cidr.cidrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        }
+        _ => String::new(),
+    };
+    known.until("synced", |known| known.synced).await;
+    known.until("the first one", |known| !cidrs(known, "kubernetes").is_empty()).await;
+
+    // The finalizer that the controller manager keeps on it for as long as addresses are in use.
+    let finalizers = ["networking.k8s.io/service-cidr-finalizer"];
+    let more =
+        json!({"metadata": {"name": "more", "finalizers": finalizers}, "spec": {"cidrs": ["10.200.0.0/24"]}});
+    cluster.create(Kind::ServiceCidr, more).await?;
+    known.until("more", |known| cidrs(known, "more") == "10.200.0.0/24").await;
+
+    cluster.delete(Kind::ServiceCidr, "", "more").await?;
+    // What is told after the deletion was marked has come past it.
+    cluster
+        .create(
+            Kind::ServiceCidr,
+            json!({"metadata": {"name": "last"}, "spec": {"cidrs": ["10.201.0.0/24"]}}),
+        )
+        .await?;
+    known.until("last", |known| cidrs(known, "last") == "10.201.0.0/24").await;
+    assert_eq!(cidrs(&known, "more"), "10.200.0.0/24", "addresses in it may be in use");
+    cluster.patch(Kind::ServiceCidr, "", "more", json!({"metadata": {"finalizers": null}})).await?;
+    known.until("more gone", |known| known.removed.iter().any(|key| key == "more")).await;
+    assert!(known.quarantine.is_empty(), "{:?}", known.quarantine);
     known.end().await;
     Ok(())
 }

@@ -14,6 +14,13 @@ use lockstep_integration::random::expectation::Plans;
 use lockstep_integration::random::{objects, probes};
 use lockstep_integration::scenario::{Network, Subject};
 
+/// The one that the API server makes.
+const SERVICE_CIDR: &str = "\
+apiVersion: networking.k8s.io/v1
+kind: ServiceCIDR
+metadata: {name: kubernetes, uid: uid-kubernetes}
+spec: {cidrs: [10.96.0.0/12, 'fd00:96::/112']}
+";
 const NODES: u8 = 3;
 const PODS: u8 = 2;
 /// Probes per cluster and network.
@@ -66,6 +73,7 @@ fn ours() -> Result<Vec<Product>> {
     let start = |mode| {
         let mut product = Product::new(Lab::new(NODES, PODS)?, &[mode; NODES as usize])?;
         product.write_manifest("nodes.yaml", &product.node_manifest())?;
+        product.write_manifest("service-cidr.yaml", SERVICE_CIDR)?;
         product.start().with_context(|| format!("{mode:?}"))?;
         Ok(product)
     };

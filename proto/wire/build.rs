@@ -16,9 +16,10 @@ const FILES: [&str; 3] =
     ["lockstep/v1/model.proto", "lockstep/v1/sync_service.proto", "lockstep/v1/status_service.proto"];
 
 /// The fields that the raw twin leaves undecoded: (message, field).
-const UNDECODED: [(&str, &str); 4] = [
+const UNDECODED: [(&str, &str); 5] = [
     ("Resource", "service"),
     ("Resource", "endpoint_set"),
+    ("Resource", "service_cidr"),
     ("ResourceBatch", "patches"),
     ("EndpointPatch", "upserts"),
 ];

@@ -8,7 +8,7 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use lockstep_model::{Digest, Key, NodeContext};
+use lockstep_model::{Digest, Key, Kind, NodeContext};
 use lockstep_store::{
     Changes, ConnectError, Convergence, Counts, Delta, Entry, NodeState, Nodes, Position, Quarantine, Resume,
     Store, StreamId,
@@ -107,6 +107,8 @@ pub struct Overview {
     pub services: u64,
     /// Endpoint sets in it.
     pub endpoint_sets: u64,
+    /// ServiceCidrs in it.
+    pub service_cidrs: u64,
     /// Live streams.
     pub streams: usize,
     /// Source objects in quarantine.
@@ -178,8 +180,9 @@ impl Hub {
         }
         Overview {
             head,
-            services: shared.store.service_count(),
-            endpoint_sets: shared.store.endpoint_set_count(),
+            services: shared.store.resource_count(Kind::Service),
+            endpoint_sets: shared.store.resource_count(Kind::EndpointSet),
+            service_cidrs: shared.store.resource_count(Kind::ServiceCidr),
             streams: shared.nodes.stream_count(),
             quarantined: shared.quarantine.len(),
             counts: shared.nodes.counts(head.seq),

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures_util::Stream;
-use lockstep_model::{Key, ServiceKey};
+use lockstep_model::{Key, Kind, ServiceKey};
 use lockstep_wire::v1;
 use lockstep_wire::v1::status_service_server::StatusService;
 use prost_types::Timestamp;
@@ -59,8 +59,9 @@ impl StatusService for StatusQueries {
             synced: shared.not_serving.is_none(),
             source_fresh_at: shared.source_fresh_at.map(Timestamp::from),
             streams: count(shared.nodes.stream_count()),
-            services: shared.store.service_count(),
-            endpoint_sets: shared.store.endpoint_set_count(),
+            services: shared.store.resource_count(Kind::Service),
+            endpoint_sets: shared.store.resource_count(Kind::EndpointSet),
+            service_cidrs: shared.store.resource_count(Kind::ServiceCidr),
             quarantined: count(shared.quarantine.len()),
             not_serving_reason: shared.not_serving.clone().unwrap_or_default(),
         }))
@@ -136,7 +137,7 @@ fn failures(shared: &Shared, namespace: &str, class: v1::FailureReason) -> v1::L
             let reason = convert::class_to_wire(failure.class);
             let key = failure.key.as_ref();
             let wanted = (namespace.is_empty()
-                || key.is_some_and(|key| *key.service().namespace == *namespace))
+                || key.and_then(Key::service).is_some_and(|service| *service.namespace == *namespace))
                 && (class == v1::FailureReason::Unspecified || class == reason);
             if !wanted {
                 continue;

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures_util::{Stream, StreamExt, stream};
-use lockstep_model::Kind;
+use lockstep_model::{Kind, ServiceKey};
 use lockstep_wire::batch::SnapshotWriter;
 use lockstep_wire::frame::Frame;
 use lockstep_wire::frame::sync_service_server::SyncService;
@@ -160,19 +160,19 @@ impl Filter {
         if request.namespace.is_empty() && !request.service.is_empty() {
             return Err(invalid("service: needs namespace"));
         }
-        let kinds = request.kinds.iter().map(|kind| match v1::ResourceKind::try_from(*kind) {
-            Ok(v1::ResourceKind::Service) => Ok(Kind::Service),
-            Ok(v1::ResourceKind::EndpointSet) => Ok(Kind::EndpointSet),
-            _ => Err(invalid(format!("kinds: {kind} is not a kind this release knows"))),
+        let kinds = request.kinds.iter().map(|kind| {
+            lockstep_wire::convert::kind_from_wire("kinds", *kind).map_err(|fault| invalid(fault.to_string()))
         });
         let kinds = kinds.collect::<Result<_, _>>()?;
         Ok(Self { namespace: request.namespace, service: request.service, kinds })
     }
 
     fn takes(&self, key: &lockstep_model::Key) -> bool {
-        let service = key.service();
-        (self.namespace.is_empty() || *service.namespace == *self.namespace)
-            && (self.service.is_empty() || *service.name == *self.service)
+        let of = |wanted: &str, name: fn(&ServiceKey) -> &str| {
+            wanted.is_empty() || key.service().is_some_and(|service| name(service) == wanted)
+        };
+        of(&self.namespace, |service| &service.namespace)
+            && of(&self.service, |service| &service.name)
             && (self.kinds.is_empty() || self.kinds.contains(&key.kind()))
     }
 }

@@ -49,7 +49,8 @@ pub enum NodeChange {
 pub struct ObjectName {
     /// Kubernetes kind, or `File`.
     pub kind: String,
-    /// `namespace/name`, a Node's name, or a file's path under the source directory.
+    /// `namespace/name`, the name of what has no namespace, or a file's path under the source
+    /// directory.
     pub name: String,
 }
 

@@ -53,7 +53,7 @@ struct Entry {
 
 /// One reading of an object.
 pub(crate) struct Reading<'a> {
-    /// `namespace/name`, or a Node's name.
+    /// `namespace/name`, or the name alone of what has no namespace.
     pub(crate) name: &'a str,
     /// `metadata.uid`, where there is one.
     pub(crate) uid: Option<&'a str>,

@@ -263,8 +263,8 @@ impl Node {
 
     /// The Services that it reports failures of, listed or not, each at least once.
     pub fn failing_services(&self) -> impl Iterator<Item = &ServiceKey> {
-        let listed = self.failures().iter().filter_map(|failure| failure.key.as_ref());
-        listed.map(|key| key.service()).chain(self.unlisted.services())
+        let listed = self.failures().iter().filter_map(|failure| failure.key.as_ref()?.service());
+        listed.chain(self.unlisted.services())
     }
 
     /// True where it reports a failure of the Service or one of its endpoint sets, or one that

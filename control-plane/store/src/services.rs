@@ -104,27 +104,28 @@ impl Store {
     /// Files a slot under its Service.
     pub(crate) fn join_service(&mut self, slot: u32, seq: u64) {
         let key = self.key(slot).clone();
-        let mut members = self.by_service.remove(key.service()).unwrap_or_default();
-        match &key {
-            Key::Service(_) => members.service = Some(slot),
-            Key::EndpointSet(_) => {
-                if let Err(at) = members.sets.binary_search_by(|other| self.key(*other).cmp(&key)) {
-                    members.sets.insert(at, slot);
-                }
-            }
+        let Some(service) = key.service() else { return };
+        let mut members = self.by_service.remove(service).unwrap_or_default();
+        if matches!(key, Key::Service(_)) {
+            members.service = Some(slot);
+        } else if let Err(at) = members.sets.binary_search_by(|other| self.key(*other).cmp(&key)) {
+            members.sets.insert(at, slot);
         }
         members.last_changed = seq;
-        self.by_service.insert(key.service().clone(), members);
+        self.by_service.insert(service.clone(), members);
     }
 
     /// Takes a slot out again.
     pub(crate) fn leave_service(&mut self, slot: u32, seq: u64) {
         let key = self.key(slot).clone();
-        let Some(members) = self.by_service.get_mut(key.service()) else { return };
+        let Some(members) = key.service().and_then(|service| self.by_service.get_mut(service)) else {
+            return;
+        };
         members.last_changed = seq;
-        match &key {
-            Key::Service(_) => members.service = None,
-            Key::EndpointSet(_) => members.sets.retain(|other| *other != slot),
+        if matches!(key, Key::Service(_)) {
+            members.service = None;
+        } else {
+            members.sets.retain(|other| *other != slot);
         }
     }
 

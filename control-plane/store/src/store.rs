@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
-use lockstep_model::{Digest, EndpointPatch, EndpointSetKey, Key, Kind, Resource, ServiceKey, Version};
+use lockstep_model::{
+    Digest, EndpointPatch, EndpointSetKey, Key, Kind, Resource, ServiceCidrKey, ServiceKey, Version,
+};
 
 use crate::Changes;
 use crate::history::{History, Published};
@@ -26,14 +28,15 @@ pub struct Store {
     epoch: NonZeroU64,
     seq: u64,
     digest: Digest,
-    services: u64,
-    endpoint_sets: u64,
+    counts: Counts,
     slots: Vec<Slot>,
     free: Vec<u32>,
     by_key: HashMap<Key, u32>,
     /// Every slot in use, once, at the seq that changed it last.
     by_seq: BTreeSet<(u64, u32)>,
     pub(crate) by_service: BTreeMap<ServiceKey, Members>,
+    /// The slots with content of what belongs to no Service.
+    service_cidrs: BTreeMap<ServiceCidrKey, u32>,
     /// The slots without content, as in `by_seq`.
     tombstones: BTreeSet<(u64, u32)>,
     max_tombstones: usize,
@@ -144,13 +147,13 @@ impl Store {
             epoch,
             seq: 0,
             digest: Digest::EMPTY,
-            services: 0,
-            endpoint_sets: 0,
+            counts: Counts::default(),
             slots: Vec::new(),
             free: Vec::new(),
             by_key: HashMap::new(),
             by_seq: BTreeSet::new(),
             by_service: BTreeMap::new(),
+            service_cidrs: BTreeMap::new(),
             tombstones: BTreeSet::new(),
             max_tombstones: tombstones,
             horizon: 0,
@@ -161,26 +164,12 @@ impl Store {
 
     /// The newest state.
     pub fn head(&self) -> Position {
-        Position {
-            epoch: self.epoch.get(),
-            seq: self.seq,
-            digest: self.digest,
-            resources: self.resource_count(),
-        }
+        Position { epoch: self.epoch.get(), seq: self.seq, digest: self.digest, resources: self.counts.all() }
     }
 
-    /// Services in the state.
-    pub fn service_count(&self) -> u64 {
-        self.services
-    }
-
-    /// Endpoint sets in the state.
-    pub fn endpoint_set_count(&self) -> u64 {
-        self.endpoint_sets
-    }
-
-    fn resource_count(&self) -> u64 {
-        self.services + self.endpoint_sets
+    /// Resources of a kind in the state.
+    pub fn resource_count(&self, kind: Kind) -> u64 {
+        self.counts.of(kind)
     }
 
     /// How far each watch of the source has come, sorted by resource.
@@ -223,7 +212,7 @@ impl Store {
         self.history.push(Published {
             seq: self.seq,
             digest: self.digest,
-            resources: self.resource_count(),
+            resources: self.counts.all(),
             at: now,
             trigger,
         });
@@ -242,12 +231,12 @@ impl Store {
                 let old = old.version;
                 self.digest.remove(&key, old);
             }
-            None => *self.counter(key.kind()) += 1,
+            None => *self.counts.of_mut(key.kind()) += 1,
         }
         self.digest.add(&key, version);
         self.slots[slot as usize].content = Some(content);
         self.touch(slot, seq);
-        self.join_service(slot, seq);
+        self.file(&key, slot, seq);
         true
     }
 
@@ -255,11 +244,26 @@ impl Store {
         let Some(slot) = self.by_key.get(key).copied() else { return false };
         let Some(old) = self.slots[slot as usize].content.take() else { return false };
         self.digest.remove(key, old.version);
-        *self.counter(key.kind()) -= 1;
+        *self.counts.of_mut(key.kind()) -= 1;
         self.touch(slot, seq);
         self.tombstones.insert((seq, slot));
-        self.leave_service(slot, seq);
+        match key {
+            Key::Service(_) | Key::EndpointSet(_) => self.leave_service(slot, seq),
+            Key::ServiceCidr(key) => {
+                self.service_cidrs.remove(key);
+            }
+        }
         true
+    }
+
+    /// Files a slot with content where snapshots and questions find it.
+    fn file(&mut self, key: &Key, slot: u32, seq: u64) {
+        match key {
+            Key::Service(_) | Key::EndpointSet(_) => self.join_service(slot, seq),
+            Key::ServiceCidr(key) => {
+                self.service_cidrs.insert(key.clone(), slot);
+            }
+        }
     }
 
     /// A slot for a key that has none.
@@ -295,16 +299,11 @@ impl Store {
             self.by_seq.remove(&oldest);
             let key = self.slots[slot as usize].key.clone();
             self.by_key.remove(&key);
-            self.forget_in_service(key.service(), seq);
+            if let Some(service) = key.service() {
+                self.forget_in_service(service, seq);
+            }
             self.free.push(slot);
             self.horizon = self.horizon.max(seq);
-        }
-    }
-
-    fn counter(&mut self, kind: Kind) -> &mut u64 {
-        match kind {
-            Kind::Service => &mut self.services,
-            Kind::EndpointSet => &mut self.endpoint_sets,
         }
     }
 
@@ -378,7 +377,8 @@ impl Store {
         let members = self.by_service.values();
         let services = members.clone().filter_map(|members| members.service);
         let sets = members.flat_map(|members| members.sets.iter().copied());
-        let entries = services.chain(sets).filter_map(|slot| self.entry(slot)).collect();
+        let cidrs = self.service_cidrs.values().copied();
+        let entries = services.chain(sets).chain(cidrs).filter_map(|slot| self.entry(slot)).collect();
         Snapshot { position: self.head(), entries }
     }
 
@@ -405,6 +405,25 @@ impl Store {
     /// When a transaction was published, if it is remembered.
     pub fn published_at(&self, seq: u64) -> Option<Instant> {
         self.history.get(seq).map(|published| published.at)
+    }
+}
+
+/// How many resources of each kind there are.
+#[derive(Debug, Default)]
+struct Counts([u64; Kind::ALL.len()]);
+
+impl Counts {
+    /// Kinds are numbered from 1, in the order of [`Kind::ALL`].
+    fn of_mut(&mut self, kind: Kind) -> &mut u64 {
+        &mut self.0[kind as usize - 1]
+    }
+
+    fn of(&self, kind: Kind) -> u64 {
+        self.0[kind as usize - 1]
+    }
+
+    fn all(&self) -> u64 {
+        self.0.iter().sum()
     }
 }
 

@@ -45,6 +45,10 @@ pub enum Expected {
     Dropped(Circumstances),
     /// No Service is concerned, so no pod answers.
     LeftAlone,
+    /// A port that a cluster IP does not have: refused in nftables mode, else left alone.
+    OtherPort,
+    /// An address of a ServiceCIDR that no Service has: dropped in nftables mode, else left alone.
+    Unallocated,
     /// Nothing to be told: the answers take another way back than the packets came, and a node
     /// that sees half of a connection may do anything with it.
     Unclear,
@@ -118,7 +122,13 @@ impl Plans {
     /// From what a node decides to what is seen from outside. `detour`: the packet came to it by
     /// another node.
     fn translate(&self, from: Place, node: u8, trace: &Trace<'_>, detour: bool) -> Result<Expected> {
-        let Some(matched) = &trace.matched else { return Ok(Expected::LeftAlone) };
+        let Some(matched) = &trace.matched else {
+            return Ok(match trace.verdict {
+                Verdict::OtherPort => Expected::OtherPort,
+                Verdict::Unallocated => Expected::Unallocated,
+                _ => Expected::LeftAlone,
+            });
+        };
         let circumstances = Circumstances {
             from_node: from == Place::Node(node),
             external_address: matches!(
@@ -128,7 +138,7 @@ impl Plans {
             no_endpoints: matched.frontend.action(trace.source) == Action::Reject,
         };
         match trace.verdict {
-            Verdict::LeftAlone => Ok(Expected::LeftAlone),
+            Verdict::LeftAlone | Verdict::OtherPort | Verdict::Unallocated => Ok(Expected::LeftAlone),
             Verdict::SourceRefused | Verdict::Decided(Action::Drop) => Ok(Expected::Dropped(circumstances)),
             Verdict::Decided(Action::Reject) => Ok(Expected::Refused(circumstances)),
             Verdict::Decided(Action::Forward { .. }) => {
@@ -181,6 +191,9 @@ async fn snapshot(mut sync: SyncServiceClient<Channel>) -> Result<State> {
                 }
                 Some(Body::EndpointSet(set)) => {
                     state.upsert(version, convert::endpoint_set_from_wire(&set, &mut interner)?.into());
+                }
+                Some(Body::ServiceCidr(cidr)) => {
+                    state.upsert(version, convert::service_cidr_from_wire(&cidr, &mut interner)?.into());
                 }
                 None => {}
             }

@@ -41,6 +41,11 @@ pub fn generate(rng: &mut Rng, lab: &Lab) -> Objects {
     for number in 1..=SERVICES {
         service(rng, lab, number, &mut objects);
     }
+    for family in [Family::V4, Family::V6] {
+        // In the ServiceCIDR, and no Service's.
+        let address = Some(cluster_ip(family, SERVICES + 1));
+        objects.doors.push(Door { address, family, port: 80, transport: Transport::Tcp });
+    }
     objects.doors.sort_unstable();
     objects
 }
@@ -94,6 +99,10 @@ fn service(rng: &mut Rng, lab: &Lab, number: u16, objects: &mut Objects) {
         let door =
             |address, family, number| Door { address, family, port: number, transport: port.transport };
         objects.doors.extend(doors.iter().map(|ip| door(Some(*ip), family_of(*ip), port.port)));
+        // One that the Service does not have, now and then.
+        if rng.u8(..4) == 0 {
+            objects.doors.push(door(Some(doors[0]), family_of(doors[0]), 82));
+        }
         if let Some(node_port) = port.node_port {
             objects.doors.extend([Family::V4, Family::V6].map(|family| door(None, family, node_port)));
         }

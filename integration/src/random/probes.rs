@@ -137,7 +137,15 @@ impl Probe {
         match &self.expected {
             Expected::Refused(_) => Wanted::Refused.check(&self.connect(network.lab)?),
             Expected::Dropped(_) => Wanted::Dropped.check(&self.connect(network.lab)?),
-            Expected::LeftAlone => Wanted::NoAnswer.check(&self.connect(network.lab)?),
+            Expected::OtherPort if network.mode == Mode::Nftables => {
+                Wanted::Refused.check(&self.connect(network.lab)?)
+            }
+            Expected::Unallocated if network.mode == Mode::Nftables => {
+                Wanted::Dropped.check(&self.connect(network.lab)?)
+            }
+            Expected::LeftAlone | Expected::OtherPort | Expected::Unallocated => {
+                Wanted::NoAnswer.check(&self.connect(network.lab)?)
+            }
             Expected::Unclear => Ok(()),
             Expected::Answers { by, affinity, .. } => {
                 let mut answered = BTreeSet::new();

@@ -145,7 +145,7 @@ pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
     if let Err(why) = &description.localhost_node_ports {
         let unknown = NodeContext::unknown(config.node_name.as_str());
         // That another mode has none is no news: the flag is on unless it is turned off.
-        if description.mode == IPTABLES && decided.node_plan(&unknown, &[]).localhost_node_ports {
+        if description.mode == IPTABLES && decided.node_plan(&unknown, &[], &[]).localhost_node_ports {
             tracing::warn!(
                 cause = why,
                 "node ports do not answer at 127.0.0.1, everything else goes on; \

@@ -94,6 +94,7 @@ impl Bench {
             node_ports_v6: NodePortScope::AllLocal,
             localhost_node_ports: false,
             masquerade_mark: 0x4000,
+            service_cidrs: Vec::new(),
         };
         let all = (0..services).map(|index| service(index, endpoints, 0));
         let services_of_plan = all.map(|service| (service.key.clone(), Arc::new(service))).collect();
@@ -249,5 +250,6 @@ fn service(index: u32, endpoints: u32, generation: u32) -> ServicePlan {
         required_features: Vec::new(),
         health_check: None,
         conflicts: Vec::new(),
+        cluster_ips: Vec::new(),
     }
 }

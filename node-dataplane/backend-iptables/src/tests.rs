@@ -62,7 +62,7 @@ fn port_plan(family: Family, cluster: &[&str], local: &[&str], frontends: Vec<Fr
 fn service(name: &str, ports: Vec<PortPlan>) -> ServicePlan {
     let (required_features, conflicts) = (Vec::new(), Vec::new());
     let key = ServiceKey::new("default", name);
-    ServicePlan { key, ports, required_features, health_check: None, conflicts }
+    ServicePlan { key, ports, required_features, health_check: None, conflicts, cluster_ips: Vec::new() }
 }
 
 fn node() -> NodePlan {
@@ -73,6 +73,7 @@ fn node() -> NodePlan {
         node_ports_v6: NodePortScope::AllLocal,
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
     }
 }
 

@@ -149,7 +149,14 @@ fn plan(pods: PodSources) -> ForwardingPlan {
         }
         let key = ServiceKey::new("default", name);
         let (required_features, conflicts) = (Vec::new(), Vec::new());
-        services.push(ServicePlan { key, ports, required_features, health_check: None, conflicts });
+        services.push(ServicePlan {
+            key,
+            ports,
+            required_features,
+            health_check: None,
+            conflicts,
+            cluster_ips: Vec::new(),
+        });
     }
     let node = NodePlan {
         pods: Some(pods),
@@ -157,6 +164,7 @@ fn plan(pods: PodSources) -> ForwardingPlan {
         node_ports_v6: NodePortScope::AllLocal,
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
     };
     ForwardingPlan { node, services: services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect() }
 }

@@ -54,6 +54,7 @@ fn service(n: u32, endpoints: u32, variant: u32) -> Arc<ServicePlan> {
         required_features: Vec::new(),
         health_check: None,
         conflicts: Vec::new(),
+        cluster_ips: Vec::new(),
     })
 }
 
@@ -64,6 +65,7 @@ fn measure(services: u32, endpoints: u32) -> Result<(), Box<dyn std::error::Erro
         node_ports_v6: NodePortScope::AllLocal,
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
     };
     let all = (0..services).map(|n| service(n, endpoints, 0)).map(|plan| (plan.key.clone(), plan)).collect();
     let mut plan = ForwardingPlan { node, services: all };

@@ -172,6 +172,15 @@ fn numbered(stage: &mut Stage, old: &Installed, new: &Arc<ServicePlan>, pairs: &
 fn stage_both(stage: &mut Stage, old: &Installed, new: &Arc<ServicePlan>) -> Installed {
     let pairs = pairs(old, new);
     let mut installed = numbered(stage, old, new, &pairs);
+    merge(&old.plan.cluster_ips, &new.cluster_ips, Ord::cmp, |before, after| match (before, after) {
+        (Some(gone), None) => {
+            stage.delete(Family::of(*gone), SetId::ClusterIps, &Key::address(*gone), Datum::Present);
+        }
+        (None, Some(come)) => {
+            stage.add(Family::of(*come), SetId::ClusterIps, &Key::address(*come), Datum::Present);
+        }
+        _ => {}
+    });
     for pair in pairs {
         match pair {
             (Some(before), None) => {

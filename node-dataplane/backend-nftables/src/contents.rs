@@ -85,6 +85,9 @@ impl Installed {
 
     /// Every element that the Service has.
     pub(crate) fn each_element(&self, each: &mut impl FnMut(Family, SetId, &Key, Datum)) {
+        for address in &self.plan.cluster_ips {
+            each(Family::of(*address), SetId::ClusterIps, &Key::address(*address), Datum::Present);
+        }
         for (position, port) in self.plan.ports.iter().enumerate() {
             for frontend in &port.frontends {
                 let members = |pool| self.members(position, pool);

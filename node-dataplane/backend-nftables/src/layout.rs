@@ -67,8 +67,8 @@ pub(crate) fn fixed(family: Family, node: &NodePlan) -> Vec<ChainLayout> {
     let bit = node.masquerade_mark;
     let nat = |name, point, rules| ChainLayout::base(name, ChainKind::Nat, point, DNAT, rules);
     let early = |name, point, rules| ChainLayout::base(name, ChainKind::Filter, point, BEFORE_DNAT, rules);
-    let filter = |name, point| {
-        let rules = vec![vec![Clause::New, jump("no-endpoints")]];
+    let filter = |name, point, chains: &[&str]| {
+        let rules = chains.iter().map(|chain| vec![Clause::New, jump(chain)]).collect();
         ChainLayout::base(name, ChainKind::Filter, point, FILTER, rules)
     };
     vec![
@@ -79,6 +79,15 @@ pub(crate) fn fixed(family: Family, node: &NodePlan) -> Vec<ChainLayout> {
         ChainLayout::plain(
             "no-endpoints",
             vec![vec![Clause::VerdictOf(SetId::NoEndpoints)], node_ports(SetId::NoEndpointsNodePorts)],
+        ),
+        // Packets that a Service forwards have left the address by now. What is left over goes to
+        // a port that a cluster IP does not have, or to a cluster IP that nobody has.
+        ChainLayout::plain(
+            "cluster-ips-check",
+            vec![
+                vec![Clause::In { set: SetId::ClusterIps, not: false }, Clause::Reject],
+                vec![Clause::In { set: SetId::ServiceCidrs, not: false }, Clause::Then(Verdict::Drop)],
+            ],
         ),
         ChainLayout::plain(
             "source-ranges",
@@ -92,9 +101,9 @@ pub(crate) fn fixed(family: Family, node: &NodePlan) -> Vec<ChainLayout> {
         early("filter-output-early", HookPoint::Output, vec![vec![Clause::New, jump("source-ranges")]]),
         nat("nat-prerouting", HookPoint::Prerouting, vec![vec![jump("services")]]),
         nat("nat-output", HookPoint::Output, vec![vec![jump("services")]]),
-        filter("filter-input", HookPoint::Input),
-        filter("filter-forward", HookPoint::Forward),
-        filter("filter-output", HookPoint::Output),
+        filter("filter-input", HookPoint::Input, &["no-endpoints"]),
+        filter("filter-forward", HookPoint::Forward, &["no-endpoints", "cluster-ips-check"]),
+        filter("filter-output", HookPoint::Output, &["no-endpoints", "cluster-ips-check"]),
         ChainLayout::base(
             "nat-postrouting",
             ChainKind::Nat,

@@ -26,6 +26,7 @@ mod change;
 mod contents;
 mod layout;
 mod names;
+mod node;
 mod observe;
 mod probe;
 mod program;

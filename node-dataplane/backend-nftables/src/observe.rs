@@ -1,6 +1,7 @@
 //! What the kernel holds in our tables.
 
 use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use lockstep_kernel::netlink::Error;
 use lockstep_kernel::nf_tables::{self, Lifetime, Netfilter, Step};
@@ -12,7 +13,7 @@ use rustc_hash::FxHashMap;
 use crate::layout::{self, ChainLayout};
 use crate::names::{SharedChain, TABLE};
 use crate::rules::kernel_family;
-use crate::sets::{Datum, Key, SetId, read_serial};
+use crate::sets::{Datum, Key, Ranges, SetId, read_serial};
 
 /// The skeleton of one table.
 #[derive(Debug, Default)]
@@ -79,12 +80,15 @@ pub(crate) fn skeleton(
     Ok(skeleton)
 }
 
-/// The elements of a set.
+/// The elements of a set, with ranges that are two elements put together.
 pub(crate) fn elements(
     netfilter: &mut dyn Netfilter,
     family: Family,
     set: SetId,
 ) -> Result<FxHashMap<Key, Datum>, Error> {
+    if set.ranges() == Ranges::ByEnds {
+        return intervals(netfilter, family, set);
+    }
     let mut found = FxHashMap::default();
     nf_tables::elements(netfilter, kernel_family(family), TABLE, set.name(), &mut |step| match step {
         Step::Begin => found.clear(),
@@ -96,6 +100,55 @@ pub(crate) fn elements(
         }
     })?;
     Ok(found)
+}
+
+/// The ranges of a set that has them as two elements. Half a range is foreign: we write none.
+fn intervals(
+    netfilter: &mut dyn Netfilter,
+    family: Family,
+    set: SetId,
+) -> Result<FxHashMap<Key, Datum>, Error> {
+    // Sorted, an end comes before a beginning at the same key.
+    let mut bounds = BTreeSet::new();
+    nf_tables::elements(netfilter, kernel_family(family), TABLE, set.name(), &mut |step| match step {
+        Step::Begin => bounds.clear(),
+        Step::Element(element) => {
+            if let Some(key) = Key::read(element.key) {
+                bounds.insert((key, !element.ends_interval));
+            }
+        }
+    })?;
+    let mut found = FxHashMap::default();
+    let mut open: Option<Key> = None;
+    for (key, begins) in bounds {
+        let half = match (open.take(), begins) {
+            (None, true) => {
+                open = Some(key);
+                continue;
+            }
+            (Some(first), false) => {
+                found.insert(first, key.before().map_or(Datum::Foreign, Datum::UpTo));
+                continue;
+            }
+            (Some(first), true) => {
+                open = Some(key);
+                first
+            }
+            (None, false) => key,
+        };
+        found.insert(half, Datum::Foreign);
+    }
+    if let Some(first) = open {
+        found.insert(first, Datum::UpTo(last_address(family)));
+    }
+    Ok(found)
+}
+
+fn last_address(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::BROADCAST.into(),
+        Family::V6 => Ipv6Addr::from_bits(u128::MAX).into(),
+    }
 }
 
 /// The serial number that a client has at a frontend, also of an endpoint that has left.

@@ -18,6 +18,7 @@ pub(crate) fn probe(netfilter: &mut dyn Netfilter, table: &str) -> Result<(), Er
         node_ports_v6: NodePortScope::AllLocal,
         localhost_node_ports: false,
         masquerade_mark: 1,
+        service_cidrs: Vec::new(),
     };
     let choice = Choice { pool: Pool::Cluster, count: 1, affinity: None };
     let affine = Choice { affinity: Some(1), ..choice };

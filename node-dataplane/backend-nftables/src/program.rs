@@ -16,10 +16,10 @@ use crate::contents::check;
 use crate::layout;
 use crate::names::TABLE;
 use crate::rules::kernel_family;
-use crate::sets::{Datum, Key, SetId};
+use crate::sets::{Datum, Key, Ranges, SetId};
 use crate::stage::{Attribution, lane_index};
-use crate::state::{State, every_set, node_ips, size_for};
-use crate::{Error, Nftables, observe};
+use crate::state::{State, every_set, size_for};
+use crate::{Error, Nftables, node, observe};
 
 /// Up to this many changed Services, refusals are attributed at the first attempt.
 const ATTRIBUTE_UP_TO: usize = 32;
@@ -266,7 +266,12 @@ impl<N: Netfilter> Nftables<N> {
         for (family, set) in every_set() {
             let found = observe::elements(&mut self.netfilter, family, set).map_err(whole)?;
             let size = state.size(family, set);
-            state.set_fill(family, set, found.len(), size);
+            if set.ranges() == Ranges::ByEnds && found.values().any(|datum| *datum == Datum::Foreign) {
+                // Half a range cannot be taken away by what it should be.
+                tracing::info!(set = set.name(), "not a set of whole ranges, making our tables anew");
+                return self.rebuild(plan, excluded, attributed);
+            }
+            state.set_fill(family, set, found.len() * set.kernel_elements(), size);
             observed.insert((family, set), found);
         }
         self.adopt(plan, excluded, attributed, state, observed)
@@ -318,16 +323,9 @@ impl<N: Netfilter> Nftables<N> {
                 Datum::Present,
             );
         }
-        for address in node_ips(&plan.node) {
-            compare(
-                stage,
-                &mut observed,
-                Family::of(address),
-                SetId::NodeIps,
-                &Key::address(address),
-                Datum::Present,
-            );
-        }
+        node::each_element(&plan.node, &mut |family, set, key, datum| {
+            compare(stage, &mut observed, family, set, key, datum);
+        });
         for (family, set) in every_set() {
             let Some(rest) = observed.get(&(family, set)) else { continue };
             let mut rest: Vec<_> = rest.iter().collect();
@@ -374,9 +372,9 @@ impl<N: Netfilter> Nftables<N> {
             self.stage.seal(position);
         }
         state.stage_hairpin(&mut self.stage);
-        for address in node_ips(&plan.node) {
-            self.stage.add(Family::of(address), SetId::NodeIps, &Key::address(address), Datum::Present);
-        }
+        node::each_element(&plan.node, &mut |family, set, key, datum| {
+            self.stage.add(family, set, key, datum);
+        });
         for (family, set) in every_set() {
             let size = size_for(self.stage.lane(lane_index(family, set)).added);
             state.set_fill(family, set, 0, size);

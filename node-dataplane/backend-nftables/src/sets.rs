@@ -1,6 +1,6 @@
 //! The sets and maps: their declarations, keys and data.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use lockstep_kernel::nf_tables::{Set, Verdict};
@@ -32,10 +32,12 @@ pub(crate) enum SetId {
     NodeIps,
     Restricted,
     Allowed,
+    ClusterIps,
+    ServiceCidrs,
 }
 
 impl SetId {
-    pub(crate) const ALL: [SetId; 20] = [
+    pub(crate) const ALL: [SetId; 22] = [
         SetId::Frontends,
         SetId::NodePorts,
         SetId::Endpoints,
@@ -56,6 +58,8 @@ impl SetId {
         SetId::NodeIps,
         SetId::Restricted,
         SetId::Allowed,
+        SetId::ClusterIps,
+        SetId::ServiceCidrs,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -80,6 +84,8 @@ impl SetId {
             SetId::NodeIps => "node_ips",
             SetId::Restricted => "restricted",
             SetId::Allowed => "allowed",
+            SetId::ClusterIps => "cluster_ips",
+            SetId::ServiceCidrs => "service_cidrs",
         }
     }
 
@@ -140,6 +146,20 @@ impl SetId {
         matches!(self, SetId::Affinity | SetId::NodeAffinity)
     }
 
+    /// How it holds ranges.
+    pub(crate) fn ranges(self) -> Ranges {
+        match self {
+            SetId::Allowed => Ranges::Whole,
+            SetId::ServiceCidrs => Ranges::ByEnds,
+            _ => Ranges::None,
+        }
+    }
+
+    /// How many elements of the kernel one of ours is, at most.
+    pub(crate) fn kernel_elements(self) -> usize {
+        if self.ranges() == Ranges::ByEnds { 2 } else { 1 }
+    }
+
     pub(crate) fn is_map(self) -> bool {
         self.data() != Data::None
     }
@@ -147,7 +167,12 @@ impl SetId {
     /// What it says about a key.
     pub(crate) fn data(self) -> Data {
         match self {
-            SetId::Hairpin | SetId::NodeIps | SetId::Restricted | SetId::Allowed => Data::None,
+            SetId::Hairpin
+            | SetId::NodeIps
+            | SetId::Restricted
+            | SetId::Allowed
+            | SetId::ClusterIps
+            | SetId::ServiceCidrs => Data::None,
             SetId::Frontends | SetId::NodePorts | SetId::NoEndpoints | SetId::NoEndpointsNodePorts => {
                 Data::Verdict
             }
@@ -185,7 +210,7 @@ impl SetId {
             SetId::Affinity => &[Field::Saddr, Field::Daddr, Field::L4Proto, Field::Dport],
             SetId::NodeAffinity => &[Field::Saddr, Field::L4Proto, Field::Dport],
             SetId::Hairpin => &[Field::Saddr, Field::Daddr],
-            SetId::NodeIps => &[Field::Daddr],
+            SetId::NodeIps | SetId::ClusterIps | SetId::ServiceCidrs => &[Field::Daddr],
             SetId::Allowed => &[Field::Daddr, Field::L4Proto, Field::Dport, Field::Saddr],
         }
     }
@@ -201,19 +226,19 @@ impl SetId {
             Data::Verdict => Some(Set::VERDICT),
             Data::Fields(fields) => Some((ids(fields), length(fields))),
         };
-        let ranges = self == SetId::Allowed;
         Set {
             name: self.name().to_owned(),
-            flags: match self {
-                _ if ranges => Set::INTERVAL | Set::CONCATENATED,
-                id if id.is_learned() => Set::DYNAMIC | Set::TIMEOUT,
-                _ => 0,
+            flags: match self.ranges() {
+                _ if self.is_learned() => Set::DYNAMIC | Set::TIMEOUT,
+                Ranges::None => 0,
+                Ranges::Whole => Set::INTERVAL | Set::CONCATENATED,
+                Ranges::ByEnds => Set::INTERVAL,
             },
             key_type: ids(self.key()),
             key_length: length(self.key()),
             data,
             size,
-            fields: if ranges {
+            fields: if self.ranges() == Ranges::Whole {
                 self.key().iter().map(|field| field.significant(family)).collect()
             } else {
                 Vec::new()
@@ -221,6 +246,17 @@ impl SetId {
             userdata: crate::userdata::of(self, family),
         }
     }
+}
+
+/// How a set holds ranges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ranges {
+    /// Not at all.
+    None,
+    /// An element has the first and the last key.
+    Whole,
+    /// Two elements: the first key, and the one after the last. All that a key of one field can have.
+    ByEnds,
 }
 
 /// What sets and maps say about a key.
@@ -380,6 +416,23 @@ impl Key {
         (key, Datum::UpTo(sources.broadcast()))
     }
 
+    /// The address before that of a key of one address; `None` where it is the first.
+    pub(crate) fn before(&self) -> Option<IpAddr> {
+        match read_address(self.bytes())? {
+            IpAddr::V4(address) => {
+                address.to_bits().checked_sub(1).map(|bits| Ipv4Addr::from_bits(bits).into())
+            }
+            IpAddr::V6(address) => {
+                address.to_bits().checked_sub(1).map(|bits| Ipv6Addr::from_bits(bits).into())
+            }
+        }
+    }
+
+    /// Key of the address after this one; `None` where it is the last.
+    pub(crate) fn after(address: IpAddr) -> Option<Self> {
+        following(address).map(Self::address)
+    }
+
     /// Last key of a range that begins with this one.
     pub(crate) fn range_end(&self, last: IpAddr) -> Self {
         let mut key = *self;
@@ -417,8 +470,8 @@ impl Datum {
         key_end: Option<&[u8]>,
     ) -> Self {
         match (bytes, verdict, key_end) {
-            (None, None, None) if !set.is_map() && set != SetId::Allowed => Datum::Present,
-            (None, None, Some(end)) if set == SetId::Allowed => {
+            (None, None, None) if !set.is_map() && set.ranges() == Ranges::None => Datum::Present,
+            (None, None, Some(end)) if set.ranges() == Ranges::Whole => {
                 read_last_address(end).map_or(Datum::Foreign, Datum::UpTo)
             }
             (Some(bytes), None, None) if set.data() == Data::Fields(&TARGET) => {
@@ -480,6 +533,14 @@ fn read_address(bytes: &[u8]) -> Option<IpAddr> {
 fn read_last_address(key: &[u8]) -> Option<IpAddr> {
     let address = if key.len() > 16 { 16 } else { 4 };
     read_address(key.get(key.len().checked_sub(address)?..)?)
+}
+
+/// The address after this one; `None` where it is the last.
+pub(crate) fn following(address: IpAddr) -> Option<IpAddr> {
+    match address {
+        IpAddr::V4(address) => address.to_bits().checked_add(1).map(|bits| Ipv4Addr::from_bits(bits).into()),
+        IpAddr::V6(address) => address.to_bits().checked_add(1).map(|bits| Ipv6Addr::from_bits(bits).into()),
+    }
 }
 
 /// The number of a protocol in IP headers.

@@ -16,7 +16,7 @@ use crate::layout;
 use crate::names::{SharedChain, TABLE};
 use crate::observe::Remembered;
 use crate::rules::kernel_family;
-use crate::sets::{Datum, GOTO, Key, SERIALS, SetId, target_bytes};
+use crate::sets::{Datum, GOTO, Key, Ranges, SERIALS, SetId, target_bytes};
 
 /// Elements of one set that are written.
 #[derive(Debug, Default)]
@@ -153,11 +153,11 @@ impl Stage {
         let index = lane_index(family, set);
         self.touched |= 1 << index;
         let lane = &mut self.lanes[index];
-        lane.added += 1;
+        lane.added += set.kernel_elements();
         let out = &mut lane.add;
         match datum {
             Datum::Present => nf_tables::put_key(out, key.bytes()),
-            Datum::UpTo(last) => nf_tables::put_range(out, key.bytes(), key.range_end(last).bytes()),
+            Datum::UpTo(last) => put_range(out, set, key, last),
             Datum::Target(target) => {
                 let (bytes, length) = target_bytes(&target);
                 nf_tables::put_mapping(out, key.bytes(), &bytes[..length]);
@@ -189,11 +189,9 @@ impl Stage {
         let index = lane_index(family, set);
         self.touched |= 1 << index;
         let lane = &mut self.lanes[index];
-        lane.deleted += 1;
+        lane.deleted += set.kernel_elements();
         match datum {
-            Datum::UpTo(last) => {
-                nf_tables::put_range(&mut lane.delete, key.bytes(), key.range_end(last).bytes());
-            }
+            Datum::UpTo(last) => put_range(&mut lane.delete, set, key, last),
             _ => nf_tables::put_key(&mut lane.delete, key.bytes()),
         }
         if let Datum::Goto(chain) = datum {
@@ -288,6 +286,18 @@ pub(crate) fn write_chains(batch: &mut Batch, node: &NodePlan, chains: &[(Family
     for (family, layout) in &layouts {
         for rule in layout.kernel_rules(*family) {
             batch.add_rule(kernel_family(*family), TABLE, &rule);
+        }
+    }
+}
+
+/// Appends a range in the way that the set has them.
+fn put_range(out: &mut Vec<u8>, set: SetId, first: &Key, last: IpAddr) {
+    match set.ranges() {
+        Ranges::ByEnds => {
+            nf_tables::put_interval(out, first.bytes(), Key::after(last).as_ref().map(Key::bytes));
+        }
+        Ranges::Whole | Ranges::None => {
+            nf_tables::put_range(out, first.bytes(), first.range_end(last).bytes());
         }
     }
 }

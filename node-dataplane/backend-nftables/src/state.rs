@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use lockstep_model::{Family, ServiceKey};
-use lockstep_view::{NodePlan, NodePortScope};
+use lockstep_view::NodePlan;
 use rustc_hash::FxHashMap;
 
 use crate::contents::Installed;
 use crate::names::SharedChain;
+use crate::node;
 use crate::sets::{Datum, Key, SetId};
 use crate::stage::{Stage, lane_index};
 
@@ -230,27 +231,9 @@ impl State {
             each(Family::of(*address), SetId::Hairpin, &Key::hairpin(*address), Datum::Present);
         }
         if let Some(node) = &self.node {
-            for address in node_ips(node) {
-                each(Family::of(address), SetId::NodeIps, &Key::address(address), Datum::Present);
-            }
+            node::each_element(node, each);
         }
     }
-}
-
-/// Addresses that node ports answer on, where they are listed. Never a loopback address.
-pub(crate) fn node_ips(node: &NodePlan) -> Vec<IpAddr> {
-    let mut all: Vec<IpAddr> = Family::ALL
-        .into_iter()
-        .flat_map(|family| match node.node_ports(family) {
-            NodePortScope::AllLocal => &[][..],
-            NodePortScope::Addresses(addresses) => addresses,
-        })
-        .copied()
-        .filter(|address| !address.is_loopback())
-        .collect();
-    all.sort_unstable();
-    all.dedup();
-    all
 }
 
 /// Every set of both tables that we write the elements of.

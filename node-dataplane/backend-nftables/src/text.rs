@@ -10,7 +10,7 @@ use lockstep_model::Family;
 use crate::layout::{self, ChainLayout};
 use crate::names::TABLE;
 use crate::rules::{kernel_family, key_text};
-use crate::sets::{Data, Datum, Field, Key, SetId};
+use crate::sets::{Data, Datum, Field, Key, Ranges, SetId};
 use crate::state::State;
 
 /// Both tables.
@@ -49,7 +49,7 @@ fn set_text(out: &mut String, family: Family, set: SetId, size: u32, elements: &
         format!("type {}{}", types.join(" . "), if set.is_map() { " : verdict" } else { "" })
     };
     let _ = writeln!(out, "\t{kind} {} {{\n\t\t{key}\n\t\tsize {size}", set.name());
-    if set == SetId::Allowed {
+    if set.ranges() != Ranges::None {
         out.push_str("\t\tflags interval\n");
     }
     if set.is_learned() {

@@ -59,6 +59,27 @@ fn a_replaced_endpoint_is_one_element_out_and_one_in() {
 }
 
 #[test]
+fn the_rest_of_a_cluster_ip_moves_with_one_element_out_and_one_in() {
+    let with = |first: &[&str], second: &[&str]| {
+        let mut services = [small(1, &[1]), small(2, &[2])];
+        for (service, ips) in services.iter_mut().zip([first, second]) {
+            std::sync::Arc::make_mut(service).cluster_ips = ips.iter().map(|address| ip(address)).collect();
+        }
+        plan(services)
+    };
+    let mut backend = synced(&with(&["10.96.1.1"], &["10.96.1.2"]));
+    let both = [key("s1"), key("s2")];
+    let taken = with(&["10.96.1.1", "10.96.1.2"], &[]);
+    assert_eq!(backend.apply(&taken, &both).unwrap().objects_changed, 2);
+    assert_eq!(backend.verify().unwrap(), []);
+    let mut gone = with(&[], &["10.96.1.2"]);
+    gone.services.remove(&key("s1"));
+    backend.apply(&gone, &both).unwrap();
+    let held = backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "cluster_ips");
+    assert_eq!(held.keys().collect::<Vec<_>>(), [&vec![10, 96, 1, 2]]);
+}
+
+#[test]
 fn one_refused_service_keeps_its_version_and_hurts_nobody() {
     let mut plan = plan([small(1, &[1]), small(2, &[2])]);
     let mut backend = synced(&plan);

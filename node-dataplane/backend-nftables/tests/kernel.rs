@@ -258,6 +258,24 @@ fn drift_is_found_and_repaired() {
             ("add chain ip6 lockstep odd", "chain ip6 lockstep odd: not ours"),
             ("add set ip6 lockstep odd { type ipv4_addr; }", "set ip6 lockstep odd: not ours"),
             ("flush map ip6 lockstep endpoints", "map ip6 lockstep endpoints: 6 elements missing"),
+            (
+                "delete element ip lockstep cluster_ips { 10.96.0.1 }",
+                "set ip lockstep cluster_ips: 1 element missing",
+            ),
+            (
+                "delete element ip lockstep service_cidrs { 10.96.0.0/12 }",
+                "set ip lockstep service_cidrs: 1 element missing",
+            ),
+            (
+                "add element ip6 lockstep service_cidrs { fd00:97::/112 }",
+                "set ip6 lockstep service_cidrs: 1 element not ours",
+            ),
+            ("flush chain ip6 lockstep cluster-ips-check", "chain ip6 lockstep cluster-ips-check: differs"),
+            (
+                // As a release left it that had neither the sets nor the chain.
+                "flush chain ip lockstep filter-forward; flush chain ip lockstep filter-output; delete chain ip lockstep cluster-ips-check; delete set ip lockstep service_cidrs; delete set ip lockstep cluster_ips",
+                "set ip lockstep service_cidrs: missing",
+            ),
             ("delete table ip lockstep", "set ip lockstep frontends: missing"),
             ("flush ruleset", "set ip6 lockstep allowed: missing"),
         ];
@@ -346,6 +364,37 @@ fn a_changed_node_changes_the_rules() {
         ]);
         assert_eq!(backend.sync(&plan).unwrap().objects_changed, 1);
         assert_eq!(backend.verify().unwrap(), []);
+    });
+}
+
+/// Every way in which ranges can lie to each other, on a kernel that refuses some.
+#[test]
+fn service_cidrs_change_into_each_other() {
+    in_namespace(|| {
+        let mut plan = every_shape();
+        plan.node.service_cidrs.clear();
+        let mut backend = synced(&plan);
+        for cidrs in [
+            &["10.96.0.0/12", "fd00:96::/112"][..],
+            &["10.96.0.0/13", "fd00:96::/112"],
+            &["10.96.0.0/16", "10.98.0.0/16", "10.111.255.0/24"],
+            &["10.96.0.0/16", "10.97.0.0/16", "10.98.0.0/15"],
+            &["0.0.0.0/2", "192.0.0.0/2", "::/1", "8000::/1"],
+            &["128.0.0.0/1", "ff00::/8"],
+            &["10.96.0.1/32", "10.96.0.3/32", "fd00:96::1/128"],
+            &[],
+        ] {
+            plan.node.service_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
+            let applied = backend.sync(&plan).unwrap();
+            assert!((1..=16).contains(&applied.objects_changed), "{cidrs:?}: {}", applied.objects_changed);
+            assert_eq!(backend.verify().unwrap(), [], "{cidrs:?}");
+            assert_eq!(audit(&mut backend), Vec::<String>::new(), "{cidrs:?}");
+            assert_eq!(
+                Nftables::open().unwrap().sync(&plan).unwrap().objects_changed,
+                0,
+                "{cidrs:?}: adopted"
+            );
+        }
     });
 }
 

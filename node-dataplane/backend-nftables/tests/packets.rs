@@ -432,6 +432,94 @@ fn without_endpoints_it_is_refused() {
 }
 
 #[test]
+fn what_a_cluster_ip_does_not_have_is_refused_and_what_nobody_has_is_dropped() {
+    let all = |address: &str, number, action| frontend(Surface::ClusterIp(ip(address)), number, [action; 3]);
+    let v6 = port_plan(
+        Protocol::Tcp,
+        80,
+        vec![target("fd00:10:244:2::2", 8080)],
+        vec![cluster_ip("fd00:96::1", 80)],
+    );
+    let desired = plan([
+        service("web", vec![one("", vec![to_pod(2)], vec![cluster_ip("10.96.0.1", 80)]), v6]),
+        service("nobody", vec![one("", vec![], vec![all("10.96.0.3", 80, Action::Reject)])]),
+        service("not-here", vec![one("", vec![], vec![all("10.96.0.4", 80, Action::Drop)])]),
+    ]);
+    on_node(&desired, |world, _| {
+        let (refused, dropped) = (Err(ErrorKind::ConnectionRefused), Err(ErrorKind::TimedOut));
+        assert_eq!(world.pod1.dial("10.96.0.1:80"), Ok(ip("10.244.1.2")));
+        assert_eq!(world.pod1.dial("[fd00:96::1]:80"), Ok(ip("fd00:10:244:1::2")));
+        for address in ["10.96.0.1:81", "[fd00:96::1]:81", "10.96.0.3:81", "10.96.0.4:81"] {
+            assert_eq!(world.pod1.dial(address), refused, "{address}");
+            assert_eq!(world.client.dial(address), refused, "{address}");
+            assert_eq!(dial(address), refused, "{address} from the node itself");
+        }
+        // The port is there, for another protocol.
+        for address in ["10.96.0.1:80", "[fd00:96::1]:80", "10.96.0.3:80"] {
+            assert_eq!(world.pod1.dial_udp(address), refused, "{address} by UDP");
+        }
+        assert_eq!(world.pod1.dial("10.96.0.4:80"), dropped, "as the policy has it");
+        for address in ["10.96.0.9:80", "[fd00:96::9]:80"] {
+            assert_eq!(world.pod1.dial(address), dropped, "{address}");
+            assert_eq!(dial(address), dropped, "{address} from the node itself");
+        }
+    });
+}
+
+#[test]
+fn service_cidrs_take_effect_when_they_come_and_when_they_go() {
+    let mut desired =
+        plan([service("web", vec![one("", vec![to_pod(2)], vec![cluster_ip("10.96.0.1", 80)])])]);
+    desired.node.service_cidrs.clear();
+    on_node(&desired.clone(), |world, backend| {
+        // Addresses of somebody who would answer.
+        for address in ["10.96.0.9", "10.98.0.1"] {
+            run("ip", &["-n", &world.pod2.0, "addr", "add", address, "dev", "lo"]);
+            run("ip", &["route", "add", address, "via", "10.244.2.2"]);
+        }
+        let passes = Ok(ip("10.244.1.2"));
+        assert_eq!(world.pod1.dial("10.96.0.9:8080"), passes);
+        for cidrs in [&["10.96.0.0/24"][..], &["10.96.0.0/28", "10.97.0.0/16"], &["10.96.0.8/29"]] {
+            desired.node.service_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
+            assert!(
+                backend.sync(&desired).unwrap().objects_changed <= 6,
+                "{cidrs:?}: nothing else is written"
+            );
+            assert_eq!(backend.verify().unwrap(), []);
+            assert_eq!(world.pod1.dial("10.96.0.9:8080"), Err(ErrorKind::TimedOut), "{cidrs:?}");
+            assert_eq!(world.pod1.dial("10.96.0.1:80"), passes, "{cidrs:?}");
+            assert_eq!(world.pod1.dial("10.98.0.1:8080"), passes, "{cidrs:?}");
+        }
+        desired.node.service_cidrs.clear();
+        assert_eq!(backend.sync(&desired).unwrap().objects_changed, 2);
+        assert_eq!(world.pod1.dial("10.96.0.9:8080"), passes);
+        assert_eq!(world.pod1.dial("10.96.0.1:81"), Err(ErrorKind::ConnectionRefused), "a Service has it");
+    });
+}
+
+#[test]
+fn a_flow_goes_on_at_a_port_that_the_cluster_ip_has_no_more() {
+    let dns =
+        port_plan(Protocol::Udp, 53, vec![target("10.244.2.2", 5353)], vec![cluster_ip("10.96.0.1", 53)]);
+    let web = one("", vec![to_pod(2)], vec![cluster_ip("10.96.0.1", 80)]);
+    let mut desired = plan([service("web", vec![dns, web.clone()])]);
+    on_node(&desired.clone(), |world, backend| {
+        let socket = netns::run_in(&world.pod1.0, || UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.connect("10.96.0.1:53").unwrap();
+        let ask = || {
+            socket.send(b"?").unwrap();
+            socket.recv(&mut [0; 64]).map_err(|error| error.kind())
+        };
+        assert!(ask().is_ok());
+        desired.services.insert(key("web"), service("web", vec![web]));
+        backend.apply(&desired, &[key("web")]).unwrap();
+        assert!(ask().is_ok(), "it is established");
+        assert_eq!(world.pod1.dial_udp("10.96.0.1:53"), Err(ErrorKind::ConnectionRefused), "a new one");
+    });
+}
+
+#[test]
 fn only_allowed_sources_reach_a_restricted_address() {
     let mut restricted = external(Surface::LoadBalancerIp(ip("192.0.2.7")), 80);
     restricted.allowed_sources = Some(vec!["10.244.1.0/24".parse().unwrap()].into());

@@ -19,7 +19,9 @@ mod query;
 mod socket;
 
 pub use batch::{Batch, ElementOp};
-pub use element::{Element, Lifetime, Value, put_key, put_mapping, put_passing, put_range, put_verdict};
+pub use element::{
+    Element, Lifetime, Value, put_interval, put_key, put_mapping, put_passing, put_range, put_verdict,
+};
 pub use expression::{CmpOp, Expression, LearnOp, PayloadBase, Verdict};
 pub use query::{
     Step, chain_exists, chains, element_values, elements, generation, rules, sets, table_exists,
@@ -156,7 +158,7 @@ impl Set {
     pub const TIMEOUT: u32 = 0x10;
     /// Flag: packets change the elements.
     pub const DYNAMIC: u32 = 0x20;
-    /// Flag: the key has several fields; needed beside `INTERVAL`.
+    /// Flag: the key has several fields; needed beside `INTERVAL` where it has.
     pub const CONCATENATED: u32 = 0x80;
     /// Flag of maps.
     pub(crate) const MAP: u32 = 0x8;

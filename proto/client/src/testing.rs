@@ -6,7 +6,8 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use lockstep_model::{
     Conditions, Endpoint, EndpointPort, EndpointSet, EndpointSetKey, Family, Key, NodeContext, Port,
-    Protocol, Resource, Service, ServiceKey, ServicePort, ServiceType, State, TrafficPolicy, Version,
+    Protocol, Resource, Service, ServiceCidr, ServiceCidrKey, ServiceKey, ServicePort, ServiceType, State,
+    TrafficPolicy, Version,
 };
 use lockstep_wire::batch::{self, UpdateWriter};
 use lockstep_wire::frame::Frame;
@@ -98,6 +99,16 @@ pub(crate) fn endpoints(index: u8, hosts: &[u8]) -> Resource {
     };
     set.canonicalise();
     set.into()
+}
+
+pub(crate) fn cidr_key(index: u8) -> ServiceCidrKey {
+    ServiceCidrKey(format!("range-{index}").into())
+}
+
+/// A ServiceCidr; `variant` changes its content.
+pub(crate) fn service_cidr(index: u8, variant: u8) -> Resource {
+    let cidrs = vec![format!("10.{index}.{variant}.0/24").parse().unwrap()];
+    ServiceCidr { key: cidr_key(index), cidrs }.into()
 }
 
 /// One server process: a state and how it got there.
@@ -289,7 +300,9 @@ pub(crate) fn batch_of(frame: &mut raw::SyncResponse) -> &mut raw::ResourceBatch
 /// The body of the `index`th upsert.
 pub(crate) fn body_of(frame: &mut raw::SyncResponse, index: usize) -> &mut Bytes {
     match batch_of(frame).upserts[index].body.as_mut().unwrap() {
-        raw::resource::Body::Service(body) | raw::resource::Body::EndpointSet(body) => body,
+        raw::resource::Body::Service(body)
+        | raw::resource::Body::EndpointSet(body)
+        | raw::resource::Body::ServiceCidr(body) => body,
     }
 }
 

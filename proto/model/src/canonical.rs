@@ -1,5 +1,5 @@
-//! Canonical bytes: the protobuf encoding of `lockstep.v1.Service`, `.EndpointSet` and
-//! `.NodeContext` with fields in ascending number and defaults left out.
+//! Canonical bytes: the protobuf encoding of `lockstep.v1.Service`, `.EndpointSet`,
+//! `.ServiceCidr` and `.NodeContext` with fields in ascending number and defaults left out.
 //!
 //! Written by hand rather than with prost, so that the pure side of the house needs no
 //! protobuf, and so that the bytes a version is hashed from are the bytes a server sends.
@@ -7,7 +7,7 @@
 
 use std::net::IpAddr;
 
-use crate::{Endpoint, EndpointSet, NodeContext, Service};
+use crate::{Endpoint, EndpointSet, NodeContext, Service, ServiceCidr};
 
 /// Largest canonical form of a resource, so that one always fits into a message of 1 MiB. The
 /// source keeps larger objects in quarantine.
@@ -67,6 +67,14 @@ pub fn endpoint_set(set: &EndpointSet) -> Vec<u8> {
         });
     }
     set.endpoints.iter().for_each(|endpoint| out.message(6, |out| out.endpoint(endpoint)));
+    out.0
+}
+
+/// Canonical bytes of a ServiceCidr.
+pub fn service_cidr(cidr: &ServiceCidr) -> Vec<u8> {
+    let mut out = Encoder::default();
+    out.text(1, &cidr.key.0);
+    cidr.cidrs.iter().for_each(|range| out.text(2, &range.to_string()));
     out.0
 }
 

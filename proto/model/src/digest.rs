@@ -80,13 +80,11 @@ impl Digest {
 fn term(key: &Key, version: Version) -> [u64; 4] {
     let mut input = Input { bytes: [0; INLINE_INPUT], len: 0, spilled: None };
     input.push(&[key.kind() as u8]);
-    let service = key.service();
-    input.push(service.namespace.as_bytes());
-    input.push(b"/");
-    input.push(service.name.as_bytes());
-    if let Key::EndpointSet(key) = key {
-        input.push(b"/");
-        input.push(key.slice.as_bytes());
+    for (position, name) in key.names().enumerate() {
+        if position > 0 {
+            input.push(b"/");
+        }
+        input.push(name.as_bytes());
     }
     input.push(&[0]);
     input.push(&version.0);

@@ -19,6 +19,10 @@ pub struct EndpointSetKey {
     pub slice: Arc<str>,
 }
 
+/// Names a ServiceCidr: the name of the object, which has no namespace.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceCidrKey(pub Arc<str>);
+
 /// Kind of a resource. The discriminant is the kind byte of the [digest](crate::Digest).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
@@ -27,6 +31,8 @@ pub enum Kind {
     Service = 1,
     /// An [`EndpointSet`](crate::EndpointSet).
     EndpointSet = 2,
+    /// A [`ServiceCidr`](crate::ServiceCidr).
+    ServiceCidr = 3,
 }
 
 /// Names any resource.
@@ -36,6 +42,22 @@ pub enum Key {
     Service(ServiceKey),
     /// An EndpointSet.
     EndpointSet(EndpointSetKey),
+    /// A ServiceCidr.
+    ServiceCidr(ServiceCidrKey),
+}
+
+impl Kind {
+    /// Every kind, by number.
+    pub const ALL: [Kind; 3] = [Kind::Service, Kind::EndpointSet, Kind::ServiceCidr];
+
+    /// The parts of the text form of a key, as documented: `namespace/name`.
+    pub fn key_form(self) -> &'static str {
+        match self {
+            Kind::Service => "namespace/name",
+            Kind::EndpointSet => "namespace/service/slice",
+            Kind::ServiceCidr => "name",
+        }
+    }
 }
 
 impl ServiceKey {
@@ -58,15 +80,29 @@ impl Key {
         match self {
             Key::Service(_) => Kind::Service,
             Key::EndpointSet(_) => Kind::EndpointSet,
+            Key::ServiceCidr(_) => Kind::ServiceCidr,
         }
     }
 
-    /// The Service that the resource is, or belongs to.
-    pub fn service(&self) -> &ServiceKey {
+    /// The Service that the resource is, or belongs to; `None` = it is of no Service.
+    pub fn service(&self) -> Option<&ServiceKey> {
         match self {
-            Key::Service(key) => key,
-            Key::EndpointSet(key) => &key.service,
+            Key::Service(key) => Some(key),
+            Key::EndpointSet(key) => Some(&key.service),
+            Key::ServiceCidr(_) => None,
         }
+    }
+
+    /// The names that the text form joins with `/`.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let names: [Option<&str>; 3] = match self {
+            Key::Service(key) => [Some(&key.namespace), Some(&key.name), None],
+            Key::EndpointSet(EndpointSetKey { service, slice }) => {
+                [Some(&service.namespace), Some(&service.name), Some(slice)]
+            }
+            Key::ServiceCidr(ServiceCidrKey(name)) => [Some(name), None, None],
+        };
+        names.into_iter().flatten()
     }
 
     /// Reads the text form back. `None` where the text has not exactly the parts the kind
@@ -74,10 +110,12 @@ impl Key {
     pub fn parse(kind: Kind, text: &str) -> Option<Key> {
         let mut parts = text.split('/');
         let mut part = || parts.next().filter(|part| !part.is_empty());
-        let service = ServiceKey::new(part()?, part()?);
         let key = match kind {
-            Kind::Service => Key::Service(service),
-            Kind::EndpointSet => Key::EndpointSet(EndpointSetKey::new(service, part()?)),
+            Kind::Service => Key::Service(ServiceKey::new(part()?, part()?)),
+            Kind::EndpointSet => {
+                Key::EndpointSet(EndpointSetKey::new(ServiceKey::new(part()?, part()?), part()?))
+            }
+            Kind::ServiceCidr => Key::ServiceCidr(ServiceCidrKey(part()?.into())),
         };
         parts.next().is_none().then_some(key)
     }
@@ -100,6 +138,7 @@ impl fmt::Display for Key {
         match self {
             Key::Service(key) => key.fmt(f),
             Key::EndpointSet(key) => key.fmt(f),
+            Key::ServiceCidr(ServiceCidrKey(name)) => f.write_str(name),
         }
     }
 }
@@ -110,10 +149,16 @@ mod tests {
 
     #[test]
     fn text_form_goes_both_ways() {
-        for (kind, text) in [(Kind::Service, "default/web"), (Kind::EndpointSet, "default/web/web-x7k2p")] {
+        let web = ServiceKey::new("default", "web");
+        for (kind, text, service) in [
+            (Kind::Service, "default/web", Some(&web)),
+            (Kind::EndpointSet, "default/web/web-x7k2p", Some(&web)),
+            (Kind::ServiceCidr, "kubernetes", None),
+        ] {
             let key = Key::parse(kind, text).unwrap();
             assert_eq!((key.kind(), key.to_string()), (kind, text.to_owned()));
-            assert_eq!(key.service(), &ServiceKey::new("default", "web"));
+            assert_eq!(key.service(), service);
+            assert_eq!(key.names().collect::<Vec<_>>().join("/"), text);
         }
     }
 
@@ -124,6 +169,9 @@ mod tests {
         }
         for text in ["default/web", "default/web/", "default//x", "a/b/c/d"] {
             assert_eq!(Key::parse(Kind::EndpointSet, text), None, "{text:?}");
+        }
+        for text in ["", "/", "a/", "a/b"] {
+            assert_eq!(Key::parse(Kind::ServiceCidr, text), None, "{text:?}");
         }
     }
 }

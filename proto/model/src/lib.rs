@@ -1,9 +1,9 @@
 //! The model: what a Kubernetes service proxy needs to know, as plain Rust types.
 //!
 //! ```text
-//! Kubernetes objects ──(source)──┐                        ┌──(view)── ForwardingPlan
-//!                                ├── Service, EndpointSet ─┤
-//! wire messages ──(wire)─────────┘   NodeContext          └──(store)── versions, digest
+//! Kubernetes objects ──(source)──┐                         ┌──(view)── ForwardingPlan
+//!                                ├── Service, EndpointSet,   ──┤
+//! wire messages ──(wire)─────────┘   ServiceCidr, NodeContext └──(store)── versions, digest
 //! ```
 //!
 //! Every type here is a value in canonical form: the constructors sort, drop duplicates
@@ -22,12 +22,13 @@ mod name;
 mod node;
 mod resource;
 mod service;
+mod service_cidr;
 mod state;
 
 pub use digest::{Digest, Version};
 pub use endpoint::{Conditions, Endpoint, EndpointPatch, EndpointPort, EndpointSet, Hints};
 pub use intern::Interner;
-pub use key::{EndpointSetKey, Key, Kind, ServiceKey};
+pub use key::{EndpointSetKey, Key, Kind, ServiceCidrKey, ServiceKey};
 pub use name::check_name;
 pub use node::NodeContext;
 pub use resource::Resource;
@@ -35,6 +36,7 @@ pub use service::{
     Family, Feature, LoadBalancerIngress, Protocol, Service, ServicePort, ServiceType, TrafficDistribution,
     TrafficPolicy,
 };
+pub use service_cidr::ServiceCidr;
 pub use state::{Held, Put, State};
 
 /// A port number; never 0.

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use crate::{EndpointSet, Key, Service, Version, canonical};
+use crate::{EndpointSet, Key, Service, ServiceCidr, Version, canonical};
 
 /// One object of the state.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -9,6 +9,8 @@ pub enum Resource {
     Service(Arc<Service>),
     /// Endpoints of a Service.
     EndpointSet(Arc<EndpointSet>),
+    /// Ranges that cluster IPs come from.
+    ServiceCidr(Arc<ServiceCidr>),
 }
 
 impl Resource {
@@ -17,6 +19,7 @@ impl Resource {
         match self {
             Resource::Service(service) => Key::Service(service.key.clone()),
             Resource::EndpointSet(set) => Key::EndpointSet(set.key.clone()),
+            Resource::ServiceCidr(cidr) => Key::ServiceCidr(cidr.key.clone()),
         }
     }
 
@@ -25,6 +28,7 @@ impl Resource {
         match self {
             Resource::Service(service) => canonical::service(service),
             Resource::EndpointSet(set) => canonical::endpoint_set(set),
+            Resource::ServiceCidr(cidr) => canonical::service_cidr(cidr),
         }
     }
 
@@ -43,5 +47,11 @@ impl From<Service> for Resource {
 impl From<EndpointSet> for Resource {
     fn from(set: EndpointSet) -> Self {
         Resource::EndpointSet(Arc::new(set))
+    }
+}
+
+impl From<ServiceCidr> for Resource {
+    fn from(cidr: ServiceCidr) -> Self {
+        Resource::ServiceCidr(Arc::new(cidr))
     }
 }

@@ -1,15 +1,17 @@
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hashbrown::hash_map::EntryRef;
 use hashbrown::{Equivalent, HashMap};
 
-use crate::{Digest, EndpointSet, Key, Resource, Service, ServiceKey, Version};
+use crate::{Digest, EndpointSet, Key, Resource, Service, ServiceCidr, ServiceCidrKey, ServiceKey, Version};
 
-/// A set of resources, by Service, with its digest kept up to date: what a node holds and
+/// A set of resources, most of them by Service, with its digest kept up to date: what a node holds and
 /// what a view is made of. A change costs what it touches, never the size of the state.
 #[derive(Debug, Clone, Default)]
 pub struct State {
     entries: HashMap<ServiceKey, Entry>,
+    service_cidrs: BTreeMap<ServiceCidrKey, (Version, Arc<ServiceCidr>)>,
     digest: Digest,
     resources: u64,
 }
@@ -89,6 +91,11 @@ impl State {
         Held(self.entries.get(&Names { namespace, name }))
     }
 
+    /// Every ServiceCidr with its version, sorted by name.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = (Version, &Arc<ServiceCidr>)> {
+        self.service_cidrs.values().map(|(version, cidr)| (*version, cidr))
+    }
+
     /// Every Service that has a resource of any kind, in no order.
     pub fn service_keys(&self) -> impl Iterator<Item = &ServiceKey> {
         self.entries.keys()
@@ -96,24 +103,30 @@ impl State {
 
     /// Every resource, in no order.
     pub fn resources(&self) -> impl Iterator<Item = (Version, Resource)> {
-        self.entries.values().flat_map(|entry| {
+        let cidrs = self.service_cidrs.values();
+        let cidrs = cidrs.map(|(version, it)| (*version, Resource::ServiceCidr(it.clone())));
+        let of_services = self.entries.values().flat_map(|entry| {
             let service = entry.service.iter().map(|(version, it)| (*version, Resource::Service(it.clone())));
             service
                 .chain(entry.sets.iter().map(|(version, it)| (*version, Resource::EndpointSet(it.clone()))))
-        })
+        });
+        of_services.chain(cidrs)
     }
 
     /// A resource with its version.
     pub fn get(&self, key: &Key) -> Option<(Version, Resource)> {
-        let entry = self.entries.get(key.service())?;
         match key {
-            Key::Service(_) => {
-                entry.service.as_ref().map(|(version, it)| (*version, Resource::Service(it.clone())))
+            Key::Service(key) => {
+                let (version, service) = self.entries.get(key)?.service.as_ref()?;
+                Some((*version, Resource::Service(service.clone())))
             }
             Key::EndpointSet(key) => {
-                let at = entry.find(&key.slice).ok()?;
-                let (version, set) = &entry.sets[at];
-                Some((*version, Resource::EndpointSet(set.clone())))
+                let (version, set) = self.held(&key.service).endpoint_set(&key.slice)?;
+                Some((version, Resource::EndpointSet(set.clone())))
+            }
+            Key::ServiceCidr(key) => {
+                let (version, cidr) = self.service_cidrs.get(key)?;
+                Some((*version, Resource::ServiceCidr(cidr.clone())))
             }
         }
     }
@@ -143,25 +156,29 @@ impl State {
     /// The same, and says what was there before.
     pub fn put(&mut self, version: Version, resource: Resource) -> Put {
         let key = resource.key();
-        let entry = match self.entries.entry_ref(key.service()) {
-            EntryRef::Occupied(occupied) => occupied.into_mut(),
-            EntryRef::Vacant(vacant) => vacant.insert_with_key(key.service().clone(), Entry::default()),
-        };
         let old = match resource {
-            Resource::Service(service) => entry
+            Resource::Service(service) => self
+                .entry(&service.key)
                 .service
                 .replace((version, service))
                 .map(|(version, service)| (version, Resource::Service(service))),
-            Resource::EndpointSet(set) => match entry.find(&set.key.slice) {
-                Ok(at) => {
-                    let (version, set) = std::mem::replace(&mut entry.sets[at], (version, set));
-                    Some((version, Resource::EndpointSet(set)))
+            Resource::EndpointSet(set) => {
+                let entry = self.entry(&set.key.service);
+                match entry.find(&set.key.slice) {
+                    Ok(at) => {
+                        let (version, set) = std::mem::replace(&mut entry.sets[at], (version, set));
+                        Some((version, Resource::EndpointSet(set)))
+                    }
+                    Err(at) => {
+                        entry.sets.insert(at, (version, set));
+                        None
+                    }
                 }
-                Err(at) => {
-                    entry.sets.insert(at, (version, set));
-                    None
-                }
-            },
+            }
+            Resource::ServiceCidr(cidr) => self
+                .service_cidrs
+                .insert(cidr.key.clone(), (version, cidr))
+                .map(|(version, cidr)| (version, Resource::ServiceCidr(cidr))),
         };
         if let Some((old, _)) = &old {
             if *old == version {
@@ -177,21 +194,36 @@ impl State {
 
     /// Takes a resource out. False where the state does not have it.
     pub fn remove(&mut self, key: &Key) -> bool {
-        let EntryRef::Occupied(mut occupied) = self.entries.entry_ref(key.service()) else {
-            return false;
-        };
-        let entry = occupied.get_mut();
         let old = match key {
-            Key::Service(_) => entry.service.take().map(|(version, _)| version),
-            Key::EndpointSet(key) => entry.find(&key.slice).ok().map(|at| entry.sets.remove(at).0),
+            Key::Service(key) => self.take(key, |entry| entry.service.take().map(|(version, _)| version)),
+            Key::EndpointSet(key) => {
+                self.take(&key.service, |entry| entry.find(&key.slice).ok().map(|at| entry.sets.remove(at).0))
+            }
+            Key::ServiceCidr(key) => self.service_cidrs.remove(key).map(|(version, _)| version),
         };
-        if entry.service.is_none() && entry.sets.is_empty() {
-            occupied.remove();
-        }
         let Some(old) = old else { return false };
         self.digest.remove(key, old);
         self.resources -= 1;
         true
+    }
+
+    /// The entry of a Service, made where there is none.
+    fn entry(&mut self, key: &ServiceKey) -> &mut Entry {
+        match self.entries.entry_ref(key) {
+            EntryRef::Occupied(occupied) => occupied.into_mut(),
+            EntryRef::Vacant(vacant) => vacant.insert_with_key(key.clone(), Entry::default()),
+        }
+    }
+
+    /// Takes something out of the entry of a Service, which goes with the last of it.
+    fn take<T>(&mut self, key: &ServiceKey, out: impl FnOnce(&mut Entry) -> Option<T>) -> Option<T> {
+        let EntryRef::Occupied(mut occupied) = self.entries.entry_ref(key) else { return None };
+        let entry = occupied.get_mut();
+        let taken = out(entry);
+        if entry.service.is_none() && entry.sets.is_empty() {
+            occupied.remove();
+        }
+        taken
     }
 }
 
@@ -214,6 +246,11 @@ mod tests {
         let service = ServiceKey::new("default", format!("s{service}"));
         let key = EndpointSetKey::new(service, format!("x{slice}"));
         EndpointSet { key, family: Family::V4, ports: Vec::new(), endpoints: Vec::new() }
+    }
+
+    fn cidr(name: &str) -> ServiceCidr {
+        let key = ServiceCidrKey(name.into());
+        ServiceCidr { key, cidrs: vec!["10.96.0.0/12".parse().unwrap()] }
     }
 
     fn version(number: u8) -> Version {
@@ -245,6 +282,23 @@ mod tests {
         assert!(!state.remove(&Key::Service(service.clone())), "not there, though its endpoints are");
         assert!(state.remove(&Key::EndpointSet(set(1, 2).key)));
         assert_eq!((state.digest(), state.service_keys().count()), (Digest::EMPTY, 0));
+    }
+
+    #[test]
+    fn what_belongs_to_no_service_is_held_by_its_own_name() {
+        let mut state = State::default();
+        assert!(state.upsert(version(1), set(1, 1).into()));
+        let before = state.digest();
+        assert!(state.upsert(version(1), cidr("b").into()) && state.upsert(version(1), cidr("a").into()));
+        let names: Vec<_> = state.service_cidrs().map(|(_, cidr)| cidr.key.0.to_string()).collect();
+        assert_eq!(names, ["a", "b"], "sorted");
+        assert_eq!((state.len(), state.resources().count(), state.service_keys().count()), (3, 3, 1));
+        let key = Key::ServiceCidr(cidr("a").key);
+        assert_eq!(state.get(&key), Some((version(1), cidr("a").into())));
+        assert_eq!(state.put(version(2), cidr("a").into()), Put::Replaced(version(1), cidr("a").into()));
+        assert!(state.remove(&key) && !state.remove(&key));
+        assert!(state.remove(&Key::ServiceCidr(cidr("b").key)));
+        assert_eq!((state.digest(), state.len()), (before, 1));
     }
 
     #[derive(Debug, Clone)]

@@ -14,8 +14,8 @@ use crate::{ServicePlan, Surface};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Place {
     address: IpAddr,
-    protocol: Protocol,
-    port: Port,
+    /// `None` = whatever no Service has of a cluster IP.
+    at: Option<(Protocol, Port)>,
 }
 
 /// What a Service wants of a place: the lower wins. The kind of surface counts first, so
@@ -33,7 +33,7 @@ pub(crate) struct Claim {
     rank: u8,
 }
 
-pub(crate) type Claims = SmallVec<[Claim; 4]>;
+pub(crate) type Claims = SmallVec<[Claim; 6]>;
 
 /// Every claim of every Service.
 #[derive(Debug, Default)]
@@ -64,7 +64,12 @@ impl Place {
             Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
             Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
         };
-        Self { address: surface.address().unwrap_or(any), protocol, port }
+        Self { address: surface.address().unwrap_or(any), at: Some((protocol, port)) }
+    }
+
+    /// The rest of a cluster IP.
+    pub(crate) fn rest_of(cluster_ip: IpAddr) -> Self {
+        Self { address: cluster_ip, at: None }
     }
 }
 
@@ -76,6 +81,10 @@ impl Claim {
             Surface::ExternalIp(_) => 2,
         };
         Self { place: Place::new(family, surface, protocol, port), rank }
+    }
+
+    fn rest_of(cluster_ip: IpAddr) -> Self {
+        Self { place: Place::rest_of(cluster_ip), rank: 0 }
     }
 }
 
@@ -107,6 +116,7 @@ pub(crate) fn of_service(service: &Service, facts: &Facts) -> Claims {
     let mut claims = Claims::new();
     for family in families(service, facts) {
         let surfaces = surfaces(service, family);
+        claims.extend(rests(service, family).map(Claim::rest_of));
         for port in &service.ports {
             let at = |surface, number| Claim::new(family, surface, port.protocol, number);
             claims.extend(surfaces.iter().map(|surface| at(*surface, port.port)));
@@ -122,13 +132,39 @@ pub(crate) fn of_service(service: &Service, facts: &Facts) -> Claims {
 pub(crate) fn of_plan(plan: &ServicePlan) -> Claims {
     let mut claims = Claims::new();
     for port in &plan.ports {
-        let frontends = port.frontends.iter();
-        claims.extend(frontends.map(|it| Claim::new(port.family, it.surface, port.protocol, it.port)));
+        for it in &port.frontends {
+            claims.push(Claim::new(port.family, it.surface, port.protocol, it.port));
+            claims.extend(rest_beside(it.surface));
+        }
     }
-    claims.extend(plan.conflicts.iter().map(|it| Claim::new(it.family, it.surface, it.protocol, it.port)));
+    for it in &plan.conflicts {
+        claims.push(Claim::new(it.family, it.surface, it.protocol, it.port));
+        claims.extend(rest_beside(it.surface));
+    }
     claims.sort_unstable();
     claims.dedup();
     claims
+}
+
+/// The cluster IPs of a Service of which it wants the rest too. A Service without any port has
+/// nothing at its cluster IP, and so nothing that is beside it.
+pub(crate) fn rests(service: &Service, family: Family) -> impl Iterator<Item = IpAddr> + '_ {
+    let ips = service.cluster_ips.iter().copied().filter(move |ip| Family::of(*ip) == family);
+    ips.filter(|_| !service.ports.is_empty())
+}
+
+/// Whoever wants a port of a cluster IP wants the rest of it.
+fn rest_beside(surface: Surface) -> Option<Claim> {
+    match surface {
+        Surface::ClusterIp(ip) => Some(Claim::rest_of(ip)),
+        _ => None,
+    }
+}
+
+/// True where a plan has everything that its Service claims.
+pub(crate) fn has_all(plan: &ServicePlan, claims: &Claims) -> bool {
+    let rests = claims.iter().filter(|claim| claim.place.at.is_none()).count();
+    plan.conflicts.is_empty() && plan.cluster_ips.len() == rests
 }
 
 /// The port of a Service that has its node port: of several that name one, the first.

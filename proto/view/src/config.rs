@@ -87,13 +87,15 @@ impl ViewConfig {
 
     /// The part of a plan that holds for the whole node. `interfaces` are addresses that the
     /// node has beside those of its Node object; only [`NodePortAddresses::Cidrs`] uses them.
-    pub fn node_plan(&self, node: &NodeContext, interfaces: &[IpAddr]) -> NodePlan {
+    /// `service_cidrs` are those of all ServiceCidrs, in any order.
+    pub fn node_plan(&self, node: &NodeContext, interfaces: &[IpAddr], service_cidrs: &[IpNet]) -> NodePlan {
         NodePlan {
             pods: self.pods(node),
             node_ports_v4: self.node_ports(Family::V4, node, interfaces),
             node_ports_v6: self.node_ports(Family::V6, node, interfaces),
             localhost_node_ports: self.has_localhost_node_ports(Family::V4),
             masquerade_mark: 1 << (self.masquerade_bit % 32),
+            service_cidrs: self.outermost(service_cidrs),
         }
     }
 
@@ -125,6 +127,21 @@ impl ViewConfig {
                         || cidrs.any(|cidr| cidr.contains(&loopback) || loopback.contains(cidr))
                 }
             }
+    }
+
+    /// The ranges of the families that are planned for, without those inside another.
+    fn outermost(&self, ranges: &[IpNet]) -> Vec<IpNet> {
+        let planned = |range: &&IpNet| self.families.contains(&Family::of(range.addr()));
+        let mut ranges: Vec<IpNet> = ranges.iter().filter(planned).copied().collect();
+        // Whatever contains a range comes before it, and nothing that it does not contain between.
+        ranges.sort_unstable();
+        let mut outermost: Vec<IpNet> = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            if outermost.last().is_none_or(|last| !last.contains(&range)) {
+                outermost.push(range);
+            }
+        }
+        outermost
     }
 
     fn node_ports(&self, family: Family, node: &NodeContext, interfaces: &[IpAddr]) -> NodePortScope {

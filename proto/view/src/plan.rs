@@ -35,6 +35,10 @@ pub struct NodePlan {
     pub localhost_node_ports: bool,
     /// The one bit of the packet mark that means "masquerade".
     pub masquerade_mark: u32,
+    /// Where cluster IPs come from, both families, sorted, none inside another. New packets to
+    /// an address in here that no Service has as a cluster IP are dropped, where the backend can.
+    /// Empty = not known.
+    pub service_cidrs: Vec<IpNet>,
 }
 
 /// How a packet from a pod is recognised. A packet of the node itself came in by no interface, so
@@ -67,6 +71,10 @@ pub struct ServicePlan {
     pub key: ServiceKey,
     /// Per family and Service port, sorted by (family, protocol, port, name).
     pub ports: Vec<PortPlan>,
+    /// Its cluster IPs, with or without endpoints, sorted: new packets to any other port or
+    /// protocol there are refused, where the backend can. Where several Services name one, a
+    /// single plan has it.
+    pub cluster_ips: Vec<IpAddr>,
     /// What a backend must be able to do to carry this plan, sorted. A backend that lacks
     /// one leaves what it has in force for the Service and reports it.
     pub required_features: Vec<Feature>,

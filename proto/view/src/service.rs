@@ -35,12 +35,27 @@ pub(crate) fn plan(
         }
     }
     conflicts.sort_unstable();
+    let cluster_ips = cluster_ips(service, facts, owners);
     let health_check = health_check(service, sets, facts);
     if ports.is_empty() && conflicts.is_empty() && health_check.is_none() {
         return None;
     }
     let required_features = features(&ports);
-    Some(ServicePlan { key: service.key.clone(), ports, required_features, health_check, conflicts })
+    Some(ServicePlan {
+        key: service.key.clone(),
+        ports,
+        cluster_ips,
+        required_features,
+        health_check,
+        conflicts,
+    })
+}
+
+/// The cluster IPs whose other ports are this Service's to refuse, sorted.
+fn cluster_ips(service: &Service, facts: &Facts, owners: Owners<'_>) -> Vec<IpAddr> {
+    let wanted = claims::families(service, facts).flat_map(|family| claims::rests(service, family));
+    let is_mine = |ip: &IpAddr| owners.of(&Place::rest_of(*ip)).is_none_or(|owner| *owner == service.key);
+    wanted.filter(is_mine).collect()
 }
 
 type Places = SmallVec<[(Surface, lockstep_model::Port); 4]>;

@@ -75,6 +75,12 @@ pub struct Match<'a> {
 pub enum Verdict {
     /// No Service has the destination: it goes where the routes lead.
     LeftAlone,
+    /// The destination is a cluster IP, and it has no such port: refused where the backend can, as
+    /// nftables does, else left alone.
+    OtherPort,
+    /// No Service has the destination, which is in a ServiceCIDR: dropped where the backend can, as
+    /// nftables does, else left alone.
+    Unallocated,
     /// Its source may not use the address: it is dropped before anything else is decided.
     SourceRefused,
     /// What the frontend says for the class of its source.
@@ -107,7 +113,7 @@ impl ForwardingPlan {
         let (source, told_by) = self.node.classify(packet, local);
         let matched = self.frontend(packet, local);
         let verdict = match &matched {
-            None => Verdict::LeftAlone,
+            None => self.beside(packet.destination),
             Some(it) if !it.frontend.allows(packet.source) => Verdict::SourceRefused,
             Some(it) => Verdict::Decided(it.frontend.action(source)),
         };
@@ -129,6 +135,17 @@ impl ForwardingPlan {
         let node_ports = self.node.has_node_ports_at(packet.destination, local);
         let by_node_port = |surface: Surface| node_ports && surface == Surface::NodePort;
         self.find(packet, by_address).or_else(|| self.find(packet, by_node_port))
+    }
+
+    /// What becomes of a packet to no frontend.
+    fn beside(&self, destination: IpAddr) -> Verdict {
+        if self.services.values().any(|service| service.cluster_ips.contains(&destination)) {
+            return Verdict::OtherPort;
+        }
+        match self.node.service_cidrs.iter().any(|range| range.contains(&destination)) {
+            true => Verdict::Unallocated,
+            false => Verdict::LeftAlone,
+        }
     }
 
     fn find(&self, packet: &Packet, wanted: impl Fn(Surface) -> bool) -> Option<Match<'_>> {
@@ -169,14 +186,14 @@ impl NodePlan {
 
     /// True where node ports answer at an address.
     pub fn has_node_ports_at(&self, address: IpAddr, local: &[IpAddr]) -> bool {
-        if address.is_loopback() {
-            return address.is_ipv4() && self.localhost_node_ports;
+        if address.is_loopback() && !self.localhost_node_ports {
+            return false;
         }
-        let scope = match self.node_ports(Family::of(address)) {
-            NodePortScope::AllLocal => local,
-            NodePortScope::Addresses(addresses) => addresses,
-        };
-        scope.contains(&address)
+        match self.node_ports(Family::of(address)) {
+            NodePortScope::AllLocal if address.is_loopback() => address.is_ipv4(),
+            NodePortScope::AllLocal => local.contains(&address),
+            NodePortScope::Addresses(addresses) => addresses.contains(&address),
+        }
     }
 }
 

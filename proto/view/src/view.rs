@@ -1,7 +1,8 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lockstep_model::{EndpointSet, Held, NodeContext, ServiceKey, State};
+use ipnet::IpNet;
+use lockstep_model::{EndpointSet, Held, NodeContext, ServiceKey, State, Version};
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
@@ -18,6 +19,9 @@ pub struct View {
     config: ViewConfig,
     node: NodeContext,
     interfaces: Vec<IpAddr>,
+    /// Versions of the ServiceCidrs that `service_cidrs` are of, sorted by name.
+    cidr_versions: Vec<Version>,
+    service_cidrs: Vec<IpNet>,
     facts: Facts,
     plan: ForwardingPlan,
     index: Index,
@@ -49,11 +53,13 @@ impl View {
     pub fn new(config: ViewConfig) -> Self {
         let node = NodeContext::unknown(config.node_name.clone());
         let facts = Facts::new(&config, &node);
-        let plan = ForwardingPlan { node: config.node_plan(&node, &[]), services: FxHashMap::default() };
+        let plan = ForwardingPlan { node: config.node_plan(&node, &[], &[]), services: FxHashMap::default() };
         Self {
             config,
             node,
             interfaces: Vec::new(),
+            cidr_versions: Vec::new(),
+            service_cidrs: Vec::new(),
             facts,
             plan,
             index: Index::default(),
@@ -79,7 +85,7 @@ impl View {
         let facts = Facts::new(&self.config, &self.node);
         self.facts_changed |= facts != self.facts;
         self.facts = facts;
-        let node = self.config.node_plan(&self.node, &self.interfaces);
+        let node = self.config.node_plan(&self.node, &self.interfaces, &self.service_cidrs);
         self.node_changed |= node != self.plan.node;
         self.plan.node = node;
     }
@@ -100,9 +106,16 @@ impl View {
     }
 
     /// Plans the Services again of which a resource changed since the last update, in any
-    /// order, and whoever gains or loses an address by it. The caller names every one.
+    /// order, and whoever gains or loses an address by it. The caller names every one. What
+    /// belongs to no Service needs no naming.
     pub fn update(&mut self, state: &State, changed: &[ServiceKey]) -> Changed {
         let mut services = Vec::new();
+        let versions = || state.service_cidrs().map(|(version, _)| version);
+        if !versions().eq(self.cidr_versions.iter().copied()) {
+            self.cidr_versions = versions().collect();
+            self.service_cidrs = state.service_cidrs().flat_map(|(_, it)| it.cidrs.iter().copied()).collect();
+            self.refresh();
+        }
         if std::mem::take(&mut self.facts_changed) {
             let gone = self.plan.services.keys().filter(|key| state.service(key).is_none());
             let gone: Vec<ServiceKey> = gone.cloned().collect();
@@ -136,7 +149,7 @@ impl View {
             let after = held.service().map_or_else(Claims::new, |it| claims::of_service(it, &self.facts));
             if before != after {
                 self.index.replace(key, &before, &after, &mut shaken);
-            } else if let Some(old) = old.filter(|plan| plan.conflicts.is_empty())
+            } else if let Some(old) = old.filter(|plan| claims::has_all(plan, &after))
                 && let Some(new) = plan_held(held, &self.facts, Owners::Settled)
             {
                 // It claims what it had and nobody contested: nearly every change.

@@ -208,6 +208,7 @@ impl BatchWriter {
         let body = match kind {
             Kind::Service => 2,
             Kind::EndpointSet => 3,
+            Kind::ServiceCidr => 4,
         };
         let length = 2 + version.0.len() + 1 + prost::length_delimiter_len(canonical.len()) + canonical.len();
         encode_key(1, WireType::LengthDelimited, &mut self.bytes);

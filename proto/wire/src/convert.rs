@@ -6,11 +6,13 @@
 use bytes::Bytes;
 use lockstep_model::{
     Digest, EndpointPatch, EndpointSet, EndpointSetKey, Interner, InvalidField, Key, Kind, NodeContext,
-    Resource, Service, Version, canonical, check_name,
+    Resource, Service, ServiceCidr, Version, canonical, check_name,
 };
 use prost::Message;
 
-use crate::decode::{DecodeError, decode_endpoint_set, decode_service, fault, parse_address, parse_cidr};
+use crate::decode::{
+    DecodeError, decode_endpoint_set, decode_service, decode_service_cidr, fault, parse_address, parse_cidr,
+};
 use crate::{raw, v1};
 
 /// The typed message of a Service.
@@ -37,11 +39,20 @@ pub fn endpoint_set_from_wire(
     decode_endpoint_set(&message.encode_to_vec(), interner)
 }
 
+/// The ServiceCidr of a typed message, as [`service_from_wire`].
+pub fn service_cidr_from_wire(
+    message: &v1::ServiceCidr,
+    interner: &mut Interner,
+) -> Result<ServiceCidr, DecodeError> {
+    decode_service_cidr(&message.encode_to_vec(), interner)
+}
+
 /// The typed message of a resource with its version.
 pub fn resource_to_wire(version: Version, resource: &Resource) -> v1::Resource {
     let body = match resource {
         Resource::Service(service) => v1::resource::Body::Service(service_to_wire(service)),
         Resource::EndpointSet(set) => v1::resource::Body::EndpointSet(endpoint_set_to_wire(set)),
+        Resource::ServiceCidr(cidr) => v1::resource::Body::ServiceCidr(typed(&canonical::service_cidr(cidr))),
     };
     v1::Resource { version: version_to_wire(version), body: Some(body) }
 }
@@ -51,6 +62,7 @@ pub fn raw_resource(kind: Kind, version: Version, canonical: Bytes) -> raw::Reso
     let body = match kind {
         Kind::Service => raw::resource::Body::Service(canonical),
         Kind::EndpointSet => raw::resource::Body::EndpointSet(canonical),
+        Kind::ServiceCidr => raw::resource::Body::ServiceCidr(canonical),
     };
     raw::Resource { version: version_to_wire(version), body: Some(body) }
 }
@@ -121,13 +133,7 @@ pub fn key_to_wire(key: &Key, version: Option<Version>) -> v1::ResourceRef {
 
 /// The resource that a message names.
 pub fn key_from_wire(message: &v1::ResourceRef) -> Result<(Key, Option<Version>), InvalidField> {
-    let kind = match message.kind() {
-        v1::ResourceKind::Service => Kind::Service,
-        v1::ResourceKind::EndpointSet => Kind::EndpointSet,
-        v1::ResourceKind::Unspecified => {
-            return Err(fault("kind", &message.kind.to_string(), "is not a kind this release knows"));
-        }
-    };
+    let kind = kind_from_wire("kind", message.kind)?;
     let key = key_from_text(kind, &message.key)?;
     let version = match &message.version[..] {
         [] => None,
@@ -139,11 +145,7 @@ pub fn key_from_wire(message: &v1::ResourceRef) -> Result<(Key, Option<Version>)
 /// Reads the text form of a key, checking each name in it.
 pub fn key_from_text(kind: Kind, text: &str) -> Result<Key, InvalidField> {
     text.split('/').try_for_each(|name| check_name("key", name))?;
-    let form = match kind {
-        Kind::Service => "is not namespace/name",
-        Kind::EndpointSet => "is not namespace/service/slice",
-    };
-    Key::parse(kind, text).ok_or_else(|| fault("key", text, form))
+    Key::parse(kind, text).ok_or_else(|| fault("key", text, &format!("is not {}", kind.key_form())))
 }
 
 /// The number of a kind of resource.
@@ -151,7 +153,14 @@ pub fn kind_to_wire(kind: Kind) -> v1::ResourceKind {
     match kind {
         Kind::Service => v1::ResourceKind::Service,
         Kind::EndpointSet => v1::ResourceKind::EndpointSet,
+        Kind::ServiceCidr => v1::ResourceKind::ServiceCidr,
     }
+}
+
+/// The kind of resource that `field` has the number of.
+pub fn kind_from_wire(field: &str, number: i32) -> Result<Kind, InvalidField> {
+    let known = Kind::ALL.into_iter().find(|kind| i32::from(kind_to_wire(*kind)) == number);
+    known.ok_or_else(|| fault(field, &number.to_string(), "is not a kind this release knows"))
 }
 
 /// The bytes of a version.

@@ -12,16 +12,17 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use lockstep_model::{
     Conditions, Endpoint, EndpointPatch, EndpointPort, EndpointSet, EndpointSetKey, Family, Feature, Hints,
-    Interner, InvalidField, Key, Kind, LoadBalancerIngress, Port, Protocol, Resource, Service, ServiceKey,
-    ServicePort, ServiceType, TrafficDistribution, TrafficPolicy, Version, check_name,
+    Interner, InvalidField, LoadBalancerIngress, Port, Protocol, Service, ServiceCidr, ServiceCidrKey,
+    ServiceKey, ServicePort, ServiceType, TrafficDistribution, TrafficPolicy, check_name,
 };
 use smallvec::SmallVec;
 
-use crate::raw;
-use crate::raw::resource::Body;
 use fields::{Fields, Value};
 
 mod fields;
+mod resource;
+
+pub use resource::{ResourceError, decode_body, decode_key, decode_resource, take_body};
 
 /// Why bytes are not a resource.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -41,20 +42,6 @@ pub enum DecodeError {
     /// `FAILURE_REASON_UNSUPPORTED`.
     #[error("required_features: {0} is not known to this release")]
     Unsupported(u64),
-}
-
-/// Why a received resource cannot be taken in.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ResourceError {
-    /// No body, or one of a kind that this release does not know.
-    #[error("body: is of no known kind")]
-    UnknownKind,
-    /// The version is not the hash of the body: the bytes were damaged on the way.
-    #[error("version: {0} is not the hash of the body, which is {1}")]
-    VersionMismatch(String, Version),
-    /// The body is not a resource.
-    #[error(transparent)]
-    Body(#[from] DecodeError),
 }
 
 /// An `EndpointPatch` as it was received: what it is about, and the endpoints as bytes.
@@ -100,25 +87,6 @@ fn invalid(field: &str, value: impl ToString, reason: &str) -> DecodeError {
 pub(crate) fn fault(field: &str, value: &str, reason: &str) -> InvalidField {
     let value = value.chars().take(MAX_SHOWN_CHARS).collect();
     InvalidField { field: field.into(), value, reason: reason.into() }
-}
-
-/// Decodes a resource as received, after checking that its version is the hash of its body.
-pub fn decode_resource(
-    resource: &raw::Resource,
-    interner: &mut Interner,
-) -> Result<(Version, Resource), ResourceError> {
-    let body = resource.body.as_ref().ok_or(ResourceError::UnknownKind)?;
-    let (Body::Service(bytes) | Body::EndpointSet(bytes)) = body;
-    let version = Version::of(bytes);
-    if resource.version != version.0[..] {
-        let stated = resource.version.iter().map(|byte| format!("{byte:02x}")).collect();
-        return Err(ResourceError::VersionMismatch(stated, version));
-    }
-    let resource = match body {
-        Body::Service(bytes) => decode_service(bytes, interner)?.into(),
-        Body::EndpointSet(bytes) => decode_endpoint_set(bytes, interner)?.into(),
-    };
-    Ok((version, resource))
 }
 
 /// Decodes the canonical bytes of a Service.
@@ -175,6 +143,20 @@ pub fn decode_endpoint_set(bytes: &[u8], interner: &mut Interner) -> Result<Endp
     Ok(EndpointSet { key, family: present("family", set_family)?, ports, endpoints })
 }
 
+/// Decodes the canonical bytes of a ServiceCidr.
+pub fn decode_service_cidr(bytes: &[u8], interner: &mut Interner) -> Result<ServiceCidr> {
+    let (mut name, mut cidrs) = (None, Vec::new());
+    let mut fields = Fields::new(bytes, &[2], 2);
+    while let Some((number, value)) = fields.next()? {
+        match number {
+            1 => name = Some(value.name("name", interner)?),
+            2 => push_sorted("cidrs", &mut cidrs, value, parse_cidr)?,
+            _ => {}
+        }
+    }
+    Ok(ServiceCidr { key: ServiceCidrKey(present("name", name)?), cidrs })
+}
+
 impl<'a> ReceivedPatch<'a> {
     /// Reads what a patch names; its endpoints wait for [`decode`](Self::decode).
     pub fn read(bytes: &'a [u8]) -> Result<Self> {
@@ -225,27 +207,6 @@ impl<'a> ReceivedPatch<'a> {
         }
         Ok(EndpointPatch { upserts, removed })
     }
-}
-
-/// Reads nothing but the key of a resource: to name one whose body is at fault. `None` where not
-/// even the key can be read.
-pub fn decode_key(kind: Kind, bytes: &[u8]) -> Option<Key> {
-    let mut parts = [""; 3];
-    let count = match kind {
-        Kind::Service => 2,
-        Kind::EndpointSet => 3,
-    };
-    let mut fields = Fields::new(bytes, &[], 3);
-    for (number, part) in (1..).zip(&mut parts[..count]) {
-        let (_, value) = fields.next().ok()?.filter(|(field, _)| *field == number)?;
-        *part = value.text("").ok()?;
-        check_name("", part).ok()?;
-    }
-    let service = ServiceKey::new(parts[0], parts[1]);
-    Some(match kind {
-        Kind::Service => Key::Service(service),
-        Kind::EndpointSet => Key::EndpointSet(EndpointSetKey::new(service, parts[2])),
-    })
 }
 
 fn service(bytes: &[u8], interner: &mut Interner) -> Result<Service> {

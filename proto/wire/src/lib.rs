@@ -25,8 +25,8 @@ pub mod frame;
 mod tests;
 
 pub use decode::{
-    DecodeError, ReceivedPatch, ResourceError, decode_endpoint_set, decode_key, decode_resource,
-    decode_service,
+    DecodeError, ReceivedPatch, ResourceError, decode_body, decode_endpoint_set, decode_key, decode_resource,
+    decode_service, decode_service_cidr, take_body,
 };
 
 /// `lockstep.v1`, every message typed.

@@ -96,6 +96,7 @@ async fn status(mut client: Client, out: &mut dyn Write, format: Format) -> Resu
         head: info.head.unwrap_or_default().into(),
         services: info.services,
         endpoint_sets: info.endpoint_sets,
+        service_cidrs: info.service_cidrs,
         quarantined: info.quarantined,
         streams: info.streams,
         convergence: convergence.into(),

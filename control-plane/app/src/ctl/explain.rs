@@ -52,6 +52,14 @@ struct Evidence {
     notes: Vec<String>,
 }
 
+impl Evidence {
+    /// True where the node's backend refuses other ports at cluster IPs, and drops what is sent to
+    /// addresses in a ServiceCIDR that no Service has.
+    fn refuses_other_ports(&self) -> bool {
+        self.node.backend.as_ref().is_some_and(|backend| backend.kind() == v1::BackendKind::Nftables)
+    }
+}
+
 impl Question {
     /// The packet; `Err` = a question that has no answer, for people.
     pub(super) fn packet(&self) -> Result<Packet, String> {
@@ -99,8 +107,8 @@ async fn gather(
     let told = settings::Told::read(&node, &context, response.settings.as_ref())?;
     let mut notes = told.notes.clone();
 
-    let services =
-        v1::FetchSnapshotRequest { kinds: vec![v1::ResourceKind::Service.into()], ..Default::default() };
+    let kinds = [v1::ResourceKind::Service, v1::ResourceKind::ServiceCidr].map(i32::from).to_vec();
+    let services = v1::FetchSnapshotRequest { kinds, ..Default::default() };
     let mut interner = Interner::default();
     let (resources, position) = snapshot(sync, services, &mut interner, &mut notes).await?;
     if position.epoch != head.epoch {
@@ -194,6 +202,15 @@ async fn snapshot(
                             let name = format!("{}/{}/{}", set.namespace, set.service, set.slice);
                             notes
                                 .push(format!("endpoint set {name} cannot be read and is left out: {error}"));
+                        }
+                    }
+                }
+                Some(v1::resource::Body::ServiceCidr(cidr)) => {
+                    match convert::service_cidr_from_wire(&cidr, interner) {
+                        Ok(cidr) => resources.push((version, cidr.into())),
+                        Err(error) => {
+                            let name = &cidr.name;
+                            notes.push(format!("ServiceCIDR {name} cannot be read and is left out: {error}"));
                         }
                     }
                 }

@@ -233,7 +233,7 @@ async fn status_says_who_is_behind() {
     let expected = "Serving yes\n\
         Source heard of T ago\n\
         Head seq 1, 2 resources, digest DIGEST\n\
-        Services 1 with 1 endpoint sets\n\
+        Services 1 with 1 endpoint sets; 0 ServiceCIDRs\n\
         Quarantine 1 object, see `failures`\n\
         Nodes 2 expected: 1 received, 1 applied, 1 verified; 0 with failures, 1 without a stream\n\
         Converged not yet\n\

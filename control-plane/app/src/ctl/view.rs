@@ -37,6 +37,7 @@ pub(super) struct Overview {
     pub(super) head: Position,
     pub(super) services: u64,
     pub(super) endpoint_sets: u64,
+    pub(super) service_cidrs: u64,
     pub(super) quarantined: u32,
     pub(super) streams: u32,
     pub(super) convergence: Convergence,
@@ -516,6 +517,7 @@ fn kind(kind: v1::ResourceKind) -> &'static str {
         v1::ResourceKind::Unspecified => "Unknown",
         v1::ResourceKind::Service => "Service",
         v1::ResourceKind::EndpointSet => "EndpointSet",
+        v1::ResourceKind::ServiceCidr => "ServiceCIDR",
     }
 }
 

@@ -9,8 +9,8 @@ use clap::{Parser, ValueEnum};
 
 use super::certificates::Files;
 
-/// One control plane per cluster: reads Services, EndpointSlices and Nodes once and streams
-/// versioned service state to the dataplane of every node.
+/// One control plane per cluster: reads Services, EndpointSlices, Nodes and ServiceCIDRs once
+/// and streams versioned service state to the dataplane of every node.
 #[derive(Debug, Clone, Parser)]
 #[command(
     name = "lockstep-control-plane",

@@ -38,7 +38,11 @@ fn state(out: &mut Out<'_>, overview: &Overview) -> Result<(), fmt::Error> {
         f64::from(u8::from(overview.not_serving.is_none()))
     })?;
     out.gauge("head_seq", "Newest transaction", float(overview.head.seq))?;
-    let resources = [("Service", overview.services), ("EndpointSet", overview.endpoint_sets)];
+    let resources = [
+        ("Service", overview.services),
+        ("EndpointSet", overview.endpoint_sets),
+        ("ServiceCidr", overview.service_cidrs),
+    ];
     let resources = resources.map(|(kind, count)| (kind, float(count)));
     out.gauges("resources", "Resources in the state", "kind", &resources)?;
     out.gauge("quarantined_objects", "Source objects that could not be taken in", {

@@ -218,6 +218,31 @@ async fn a_laggard_is_explained_by_what_is_waited_for_only() {
 }
 
 #[tokio::test]
+async fn what_belongs_to_no_service_holds_up_no_wait_for_one() {
+    let world = world().await;
+    let node = verified(&world, "n1").await;
+    let mut ack = failing(&node, "web", "no room");
+    ack.failures[0].r#ref = Some(v1::ResourceRef {
+        kind: v1::ResourceKind::ServiceCidr.into(),
+        key: "kubernetes".into(),
+        ..Default::default()
+    });
+    report(&world, &node, ack).await;
+    let mut client = world.status().await;
+    let mut wait = client.wait(wait_for("web")).await.unwrap().into_inner();
+    let mut last = wait.message().await.unwrap().unwrap();
+    while let Some(response) = tokio::time::timeout(PATIENCE, wait.message()).await.unwrap().unwrap() {
+        last = response;
+    }
+    assert!(last.done);
+    // It is no secret, though.
+    let all = client.list_failures(v1::ListFailuresRequest::default()).await.unwrap().into_inner();
+    assert_eq!(all.groups[0].r#ref.as_ref().unwrap().key, "kubernetes");
+    let request = v1::ListFailuresRequest { namespace: "default".into(), ..Default::default() };
+    assert_eq!(client.list_failures(request).await.unwrap().into_inner().groups, []);
+}
+
+#[tokio::test]
 async fn answers_that_go_on_end_with_the_server() {
     let mut world = world().await;
     world.hub.upsert_node(NodeContext::unknown("n1"));

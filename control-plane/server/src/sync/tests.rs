@@ -498,16 +498,19 @@ async fn a_snapshot_can_be_a_part() {
         changes.upsert(service("web", 1));
         changes.upsert(set("web", 3, 1));
         changes.upsert(service("api", 1));
+        let key = lockstep_model::ServiceCidrKey("kubernetes".into());
+        changes.upsert(lockstep_model::ServiceCidr { key, cidrs: vec!["10.96.0.0/12".parse().unwrap()] });
     });
     let mut client = SyncServiceClient::new(world.channel().await);
     let all = v1::FetchSnapshotRequest::default();
     let namespace = v1::FetchSnapshotRequest { namespace: "default".into(), ..all.clone() };
     for (request, count) in [
-        (all.clone(), 3),
+        (all.clone(), 4),
         (namespace.clone(), 3),
         (v1::FetchSnapshotRequest { namespace: "other".into(), ..all.clone() }, 0),
         (v1::FetchSnapshotRequest { service: "web".into(), ..namespace.clone() }, 2),
         (v1::FetchSnapshotRequest { kinds: vec![v1::ResourceKind::Service.into()], ..all.clone() }, 2),
+        (v1::FetchSnapshotRequest { kinds: vec![v1::ResourceKind::ServiceCidr.into()], ..all.clone() }, 1),
     ] {
         let mut snapshot = client.fetch_snapshot(request.clone()).await.unwrap().into_inner();
         let mut got = 0;

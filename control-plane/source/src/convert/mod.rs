@@ -1,9 +1,9 @@
 //! Kubernetes objects into the model, or the exact field that is wrong with them.
 //!
 //! ```text
-//! Service, EndpointSlice, Node ──> Ok(Object(..))    canonical, every field checked
-//!                                  Ok(Skip(..))      right as it is, and not for a service proxy
-//!                                  Err(InvalidField) the first field that is wrong
+//! Service, EndpointSlice, ─┬──> Ok(Object(..))    canonical, every field checked
+//! Node, ServiceCIDR        ├──> Ok(Skip(..))      right as it is, and not for a service proxy
+//!                          └──> Err(InvalidField) the first field that is wrong
 //! ```
 //!
 //! An API server refuses most of what is refused here, but not all of it (it takes an
@@ -14,6 +14,7 @@ mod endpoint_slice;
 mod field;
 mod node;
 mod service;
+mod service_cidr;
 #[cfg(test)]
 mod tests;
 
@@ -24,10 +25,11 @@ use lockstep_model::InvalidField;
 pub use endpoint_slice::endpoint_slice;
 pub use node::{Node, node};
 pub use service::service;
+pub use service_cidr::service_cidr;
 
 /// Label of an EndpointSlice that names its Service.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
-/// Label that gives a Service to another proxy.
+/// Label that gives an object to another proxy.
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// Label that marks a Service as headless.
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";

@@ -27,7 +27,7 @@ pub(super) struct Directory {
     files: BTreeMap<String, File>,
     /// Which files define an object.
     owners: HashMap<Id, BTreeSet<String>>,
-    trackers: [Tracker; 3],
+    trackers: [Tracker; Kind::ALL.len()],
     names: Interner,
     batch: Batch,
     burst_since: Option<Instant>,

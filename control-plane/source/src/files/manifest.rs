@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use lockstep_model::{Interner, InvalidField};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -18,16 +19,18 @@ pub(super) enum Kind {
     Service,
     EndpointSlice,
     Node,
+    ServiceCidr,
 }
 
 impl Kind {
-    pub(super) const ALL: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
+    pub(super) const ALL: [Kind; 4] = [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Kind::Service => "Service",
             Kind::EndpointSlice => "EndpointSlice",
             Kind::Node => "Node",
+            Kind::ServiceCidr => "ServiceCIDR",
         }
     }
 
@@ -36,11 +39,12 @@ impl Kind {
         match self {
             Kind::Service | Kind::Node => ("", "v1"),
             Kind::EndpointSlice => ("discovery.k8s.io", "v1"),
+            Kind::ServiceCidr => ("networking.k8s.io", "v1"),
         }
     }
 }
 
-/// Kind and `namespace/name` (a Node's name).
+/// Kind and `namespace/name`, or the name alone of what has no namespace.
 pub(super) type Id = (Kind, String);
 
 /// What a file says.
@@ -159,7 +163,7 @@ fn name(kind: Kind, value: &Value) -> Option<String> {
     let name = metadata.get("name")?.as_str().filter(|name| !name.is_empty())?;
     let namespace = metadata.get("namespace").and_then(Value::as_str).filter(|text| !text.is_empty());
     Some(match kind {
-        Kind::Node => name.to_owned(),
+        Kind::Node | Kind::ServiceCidr => name.to_owned(),
         Kind::Service | Kind::EndpointSlice => format!("{}/{name}", namespace.unwrap_or("default")),
     })
 }
@@ -177,6 +181,10 @@ fn convert(kind: Kind, value: &Value, names: &mut Interner) -> Conversion<Object
         },
         Kind::EndpointSlice => match convert::endpoint_slice(&typed::<EndpointSlice>(value)?, names)? {
             Outcome::Object(set) => Ok(Outcome::Object(Object::Resource(set.into()))),
+            Outcome::Skip(skip) => Ok(Outcome::Skip(skip)),
+        },
+        Kind::ServiceCidr => match convert::service_cidr(&typed::<ServiceCIDR>(value)?)? {
+            Outcome::Object(cidr) => Ok(Outcome::Object(Object::Resource(cidr.into()))),
             Outcome::Skip(skip) => Ok(Outcome::Skip(skip)),
         },
         Kind::Node => {

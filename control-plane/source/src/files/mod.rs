@@ -4,8 +4,8 @@
 //! inotify, or a second gone by ──> look: which files changed? ──> parse, convert, track ──> events
 //! ```
 //!
-//! * Files ending in `.yaml`, `.yml` or `.json` are read: Services, EndpointSlices and Nodes,
-//!   in several documents or in lists, as `kubectl get -o yaml` writes them. Other kinds are
+//! * Files ending in `.yaml`, `.yml` or `.json` are read: Services, EndpointSlices, Nodes and
+//!   ServiceCIDRs, in several documents or in lists, as `kubectl get -o yaml` writes them. Other kinds are
 //!   passed over; so are directories in the directory and names that begin with a dot.
 //! * A file counts as a whole: one that is no manifest keeps its last good content. Write it
 //!   elsewhere and rename it, and no half of it is ever read; one that is written in place is

@@ -3,12 +3,16 @@
 //! ```text
 //! watch of Services ───────┐
 //! watch of EndpointSlices ─┼─> one channel ─> convert, track, batch what is ready ─> events
-//! watch of Nodes ──────────┘
+//! watch of Nodes ──────────┤
+//! watch of ServiceCIDRs ───┘
 //! ```
 //!
 //! The API server leaves out what is not for us: Services and slices labelled as headless or
 //! as another proxy's, and headless Services. A Service that gets such a label therefore
 //! arrives as a deletion.
+//!
+//! ServiceCIDRs are read where the API server has them and lets us: networking.k8s.io/v1 came with
+//! Kubernetes 1.33. Without them everything else goes on at once.
 
 #[cfg(test)]
 mod tests;
@@ -20,6 +24,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Api;
 use lockstep_model::Interner;
@@ -88,7 +93,7 @@ fn client(mut config: kube::Config) -> Result<Client, ConnectError> {
     Client::try_from(config).map_err(|error| ConnectError::Client(Box::new(error)))
 }
 
-/// Watches Services, EndpointSlices and Nodes until the receiver of `events` is gone, then
+/// Watches Services, EndpointSlices, Nodes and ServiceCIDRs until the receiver of `events` is gone, then
 /// returns. Take a client from [`connect`]. An API server that cannot be reached is no error: it is tried again for ever,
 /// and until the first lists are complete [`Event::NotSynced`] says why they are not.
 ///
@@ -120,12 +125,23 @@ pub async fn run(client: Client, events: mpsc::Sender<Event>) {
     );
     watches.spawn(
         Watch::<convert::Node, _> {
-            api: Api::all(client),
+            api: Api::all(client.clone()),
             which: Which::Nodes,
             labels: None,
             fields: None,
-            out,
+            out: out.clone(),
             wrap: |object| Read::Node(Box::new(object)),
+        }
+        .run(),
+    );
+    watches.spawn(
+        Watch::<ServiceCIDR, _> {
+            api: Api::all(client),
+            which: Which::ServiceCidrs,
+            labels: Some(NOT_OURS),
+            fields: None,
+            out,
+            wrap: |object| Read::ServiceCidr(Box::new(object)),
         }
         .run(),
     );
@@ -136,7 +152,7 @@ pub async fn run(client: Client, events: mpsc::Sender<Event>) {
         let received = tokio::select! {
             received = signals.recv_many(&mut ready, SIGNALS) => received,
             () = events.closed() => return,
-            // A watch ends by itself only where it panics, and two of three are no source.
+            // A watch ends by itself only where it panics, and the others alone are no source.
             Some(Err(ended)) = watches.join_next() => match ended.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
                 Err(_) => return,
@@ -157,10 +173,11 @@ enum Which {
     Services,
     EndpointSlices,
     Nodes,
+    ServiceCidrs,
 }
 
 impl Which {
-    const ALL: [Which; 3] = [Which::Services, Which::EndpointSlices, Which::Nodes];
+    const ALL: [Which; 4] = [Which::Services, Which::EndpointSlices, Which::Nodes, Which::ServiceCidrs];
 
     /// The name in the API's paths.
     fn name(self) -> &'static str {
@@ -168,7 +185,13 @@ impl Which {
             Which::Services => "services",
             Which::EndpointSlices => "endpointslices",
             Which::Nodes => "nodes",
+            Which::ServiceCidrs => "servicecidrs",
         }
+    }
+
+    /// The state is complete also where the API server has no such thing, or keeps it to itself.
+    fn is_optional(self) -> bool {
+        self == Which::ServiceCidrs
     }
 }
 
@@ -178,6 +201,7 @@ enum Read {
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
     Node(Box<convert::Node>),
+    ServiceCidr(Box<ServiceCIDR>),
 }
 
 impl Read {
@@ -186,6 +210,7 @@ impl Read {
             Read::Service(object) => &object.metadata,
             Read::EndpointSlice(object) => &object.metadata,
             Read::Node(object) => &object.metadata,
+            Read::ServiceCidr(object) => &object.metadata,
         }
     }
 
@@ -212,6 +237,7 @@ impl Read {
             Read::Node(object) => {
                 convert::node(object, names).map(|node| Outcome::Object(Object::Node(node)))
             }
+            Read::ServiceCidr(object) => convert::service_cidr(object).map(resource),
         }
     }
 
@@ -223,7 +249,8 @@ impl Read {
 
 /// Everything known, and what is still missing.
 struct Intake {
-    trackers: [Tracker; 3],
+    /// In the order of [`Which`].
+    trackers: [Tracker; 4],
     names: Interner,
     deletions: u32,
     batch: Batch,
@@ -235,7 +262,7 @@ struct Intake {
 impl Default for Intake {
     fn default() -> Self {
         Self {
-            trackers: [Tracker::new("Service"), Tracker::new("EndpointSlice"), Tracker::new("Node")],
+            trackers: ["Service", "EndpointSlice", "Node", "ServiceCIDR"].map(Tracker::new),
             names: Interner::default(),
             deletions: 0,
             batch: Batch::default(),
@@ -252,7 +279,7 @@ impl Intake {
         let was_missing = self.missing.clone();
         let mut alive = false;
         for signal in signals {
-            alive |= !matches!(signal.news, News::Failing(_));
+            alive |= !matches!(signal.news, News::Failing(_) | News::Absent { .. });
             self.signal(signal);
         }
         alive &= self.told_alive.is_none_or(|told| told.elapsed() >= ALIVE_EVERY);
@@ -263,7 +290,7 @@ impl Intake {
             events.extend(self.batch.finish().map(Event::Changes));
         }
         if synced {
-            tracing::info!("services, endpointslices and nodes are listed");
+            tracing::info!("every first list is complete");
             events.push(Event::Synced);
         } else if self.missing != was_missing {
             events.push(Event::NotSynced(self.waiting_for()));
@@ -298,6 +325,13 @@ impl Intake {
                 }
             }
             News::Revision(revision) => self.batch.revision(signal.which.name(), revision),
+            News::Absent { known } => {
+                self.missing.remove(&signal.which);
+                if known {
+                    tracker.begin_list();
+                    tracker.end_list(&mut self.batch);
+                }
+            }
             News::Failing(reason) => {
                 if let Some(wrong) = self.missing.get_mut(&signal.which) {
                     *wrong = Some(reason);

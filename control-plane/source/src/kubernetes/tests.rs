@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use axum::Router;
@@ -91,26 +93,41 @@ fn service(name: &str, port: u16, revision: &str) -> Value {
         "spec": {"clusterIP": "10.0.0.1", "ports": [{"port": port}]}})
 }
 
+/// The API server's end: what is asked, and how it answers for ServiceCIDRs.
+#[derive(Clone)]
+struct Server {
+    requests: mpsc::UnboundedSender<Asked>,
+    /// 200 = it has one, `kubernetes`.
+    cidrs: Arc<AtomicU16>,
+}
+
 /// A source, and the API server it talks to.
 struct Fake {
+    cidrs: Arc<AtomicU16>,
     asked: mpsc::UnboundedReceiver<Asked>,
     events: mpsc::Receiver<Event>,
     _server: tokio::task::JoinSet<()>,
 }
 
 impl Fake {
-    /// EndpointSlices and Nodes are listed at once and never change.
+    /// EndpointSlices and Nodes are listed at once and never change. There are no ServiceCIDRs.
     async fn start() -> Self {
+        Self::start_with(404).await
+    }
+
+    /// The same, with this answer for ServiceCIDRs.
+    async fn start_with(cidrs: u16) -> Self {
+        let cidrs = Arc::new(AtomicU16::new(cidrs));
         let (requests, asked) = mpsc::unbounded_channel();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let app = Router::new().fallback(answer).with_state(requests);
+        let app = Router::new().fallback(answer).with_state(Server { requests, cidrs: cidrs.clone() });
         let mut server = tokio::task::JoinSet::new();
         server.spawn(async move { axum::serve(listener, app).await.unwrap() });
         let config = kube::Config::new(format!("http://{address}").parse().unwrap());
         let (out, events) = mpsc::channel(16);
         server.spawn(run(client(config).unwrap(), out));
-        Self { asked, events, _server: server }
+        Self { cidrs, asked, events, _server: server }
     }
 
     async fn asked(&mut self) -> Asked {
@@ -179,18 +196,26 @@ fn is_empty(changes: &Changes) -> bool {
 }
 
 async fn answer(
-    State(requests): State<mpsc::UnboundedSender<Asked>>,
+    State(server): State<Server>,
     Query(query): Query<BTreeMap<String, String>>,
     request: Request,
 ) -> Response {
-    let answer = if request.uri().path() == "/api/v1/services" {
+    let cidrs = server.cidrs.load(Ordering::SeqCst);
+    let of_cidrs = request.uri().path() == "/apis/networking.k8s.io/v1/servicecidrs";
+    let answer = if of_cidrs && cidrs != 200 {
+        Answer::Whole(cidrs, json!("404 page not found"))
+    } else if request.uri().path() == "/api/v1/services" {
         let (answer, answered) = oneshot::channel();
-        requests.send(Asked { query, answer }).unwrap();
+        server.requests.send(Asked { query, answer }).unwrap();
         // A test that ends leaves requests behind.
         answered.await.unwrap_or(Answer::Whole(500, json!({})))
     } else {
         let (lines, receiver) = mpsc::unbounded_channel();
         let stream = Stream(lines);
+        if of_cidrs {
+            let metadata = json!({"name": "kubernetes", "resourceVersion": "6"});
+            stream.send("ADDED", json!({"metadata": metadata, "spec": {"cidrs": ["10.96.0.0/12"]}}));
+        }
         stream.listed("7");
         // Kept open for as long as the test runs.
         std::mem::forget(stream);
@@ -378,6 +403,49 @@ async fn a_broken_object_is_in_quarantine_and_the_rest_goes_on() {
     assert!(format!("{:?}", changes.quarantine).contains("spec.ports[0].port"), "{changes:?}");
     stream.added("b", 80, "12");
     assert_eq!(names(&fake.changes().await), expected(&["b"], &[]));
+}
+
+#[tokio::test]
+async fn goes_on_without_service_cidrs_and_takes_them_up_when_there_are_any() {
+    for code in [404, 403] {
+        let mut fake = Fake::start_with(code).await;
+        let stream = fake.asked().await.stream();
+        stream.listed("10");
+        fake.synced().await;
+        stream.added("a", 80, "11");
+        assert_eq!(names(&fake.changes().await), expected(&["a"], &[]));
+        fake.cidrs.store(200, Ordering::SeqCst);
+        assert_eq!(names(&fake.changes().await), (vec!["kubernetes".to_owned()], vec![]));
+    }
+}
+
+#[tokio::test]
+async fn waits_for_service_cidrs_that_there_may_be() {
+    let mut fake = Fake::start_with(500).await;
+    fake.asked().await.stream().listed("10");
+    fake.not_synced("the first list of servicecidrs is not there: ").await;
+    fake.cidrs.store(200, Ordering::SeqCst);
+    assert_eq!(names(&fake.changes().await).0, ["kubernetes"]);
+    fake.synced().await;
+}
+
+#[test]
+fn service_cidrs_stay_while_it_is_not_certain_that_they_are_gone() {
+    let mut intake = Intake::default();
+    let mut digest = |news| {
+        let signal = Signal { which: Which::ServiceCidrs, news };
+        let told = intake.digest([signal].into_iter()).into_iter().find_map(|event| match event {
+            Event::Changes(changes) => Some(names(&changes)),
+            _ => None,
+        });
+        told.unwrap_or_default()
+    };
+    let object = serde_json::from_value(json!({"metadata": {"name": "k"}, "spec": {"cidrs": []}})).unwrap();
+    digest(News::ListBegan);
+    assert_eq!(digest(News::Listed(Read::ServiceCidr(Box::new(object)))).0, ["k"]);
+    digest(News::ListDone("1".into()));
+    assert_eq!(digest(News::Absent { known: false }), Default::default());
+    assert_eq!(digest(News::Absent { known: true }).1, ["k"]);
 }
 
 fn applied(name: &str, at: Option<&str>) -> Signal<Read> {

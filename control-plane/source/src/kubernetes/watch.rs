@@ -53,6 +53,12 @@ pub(super) enum News<K> {
     Deleted(K),
     /// The watch has come this far.
     Revision(String),
+    /// The API server does not have the resource (`known`), or does not say. Only of what the
+    /// state is complete without.
+    Absent {
+        /// That there are none is certain.
+        known: bool,
+    },
     /// Nothing can be read, for this reason.
     Failing(String),
 }
@@ -68,6 +74,8 @@ enum Stop {
     NoStreaming(String),
     /// The server does not know the field selector.
     NoFieldSelector(String),
+    /// The server does not have the resource, or does not let us read it, and that is no matter.
+    Absent { known: bool, reason: String },
     /// Anything else.
     Fault(String),
 }
@@ -98,7 +106,7 @@ where
     pub(super) async fn run(mut self) {
         let mut progress = Progress { revision: None, streaming: true, heard: false };
         let mut faults = 0;
-        let mut failing = false;
+        let (mut failing, mut absent) = (false, false);
         loop {
             let started = Instant::now();
             let result = self.step(&mut progress).await;
@@ -106,6 +114,9 @@ where
                 faults = 0;
                 if std::mem::take(&mut failing) {
                     tracing::info!(resource = self.which.name(), "the API server answers again");
+                }
+                if std::mem::take(&mut absent) {
+                    tracing::info!(resource = self.which.name(), "can be read now");
                 }
             }
             let reason = match result {
@@ -129,6 +140,21 @@ where
                     tracing::info!(resource = self.which.name(), "no field selector: {reason}");
                     self.fields = None;
                     continue;
+                }
+                Err(Stop::Absent { known, reason }) => {
+                    if !std::mem::replace(&mut absent, true) {
+                        tracing::info!(
+                            resource = self.which.name(),
+                            "going on without, until there are any: {reason}"
+                        );
+                    }
+                    if known {
+                        progress.revision = None;
+                    }
+                    if self.tell(News::Absent { known }).await.is_err() {
+                        return;
+                    }
+                    None
                 }
                 Err(Stop::Fault(reason)) => Some(reason),
             };
@@ -277,6 +303,7 @@ where
             News::Applied(object) => News::Applied((self.wrap)(object)),
             News::Deleted(object) => News::Deleted((self.wrap)(object)),
             News::Revision(revision) => News::Revision(revision),
+            News::Absent { known } => News::Absent { known },
             News::Failing(reason) => News::Failing(reason),
         };
         self.out.send(Signal { which: self.which, news }).await.map_err(|_| Stop::Closed)
@@ -293,6 +320,8 @@ where
         // A revision that lies ahead is one of a data store that was since set back.
         if status.code == 410 || status.message.contains("Too large resource version") {
             Stop::Gone
+        } else if self.which.is_optional() && matches!(status.code, 403 | 404) {
+            Stop::Absent { known: status.code == 404, reason }
         } else if unknown && self.fields.is_some() && status.message.contains("field label not supported") {
             Stop::NoFieldSelector(reason)
         } else if unknown && status.message.contains("sendInitialEvents") {

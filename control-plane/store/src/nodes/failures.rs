@@ -39,7 +39,7 @@ impl Unlisted {
         let count = u32::try_from(cut.len()).unwrap_or(u32::MAX);
         report.failures_truncated = report.failures_truncated.saturating_add(count);
         unlisted.anybodys |= cut.iter().any(Failure::is_anybodys);
-        let services = cut.iter().filter_map(|failure| failure.key.as_ref()).map(|key| key.service());
+        let services = cut.iter().filter_map(|failure| failure.key.as_ref()?.service());
         let mut services: Vec<ServiceKey> = services
             .map(|key| ServiceKey { namespace: names.intern(&key.namespace), name: names.intern(&key.name) })
             .collect();
@@ -64,7 +64,7 @@ impl Failure {
     /// True where this is a failure of the Service or its endpoint sets, or may be.
     pub fn may_concern(&self, service: &ServiceKey) -> bool {
         match &self.key {
-            Some(key) => key.service() == service,
+            Some(key) => key.service() == Some(service),
             None => self.is_anybodys(),
         }
     }

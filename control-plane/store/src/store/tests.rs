@@ -2,8 +2,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU16;
 
 use lockstep_model::{
-    Conditions, Endpoint, EndpointPatch, EndpointPort, EndpointSet, Family, Protocol, Service, ServicePort,
-    ServiceType, State, TrafficPolicy,
+    Conditions, Endpoint, EndpointPatch, EndpointPort, EndpointSet, Family, Protocol, Service, ServiceCidr,
+    ServiceCidrKey, ServicePort, ServiceType, State, TrafficPolicy,
 };
 use proptest::prelude::*;
 
@@ -36,6 +36,12 @@ pub(crate) fn service(namespace: &str, name: &str, variant: u8) -> Service {
         health_check_node_port: None,
         publish_not_ready_addresses: false,
     }
+}
+
+/// A ServiceCidr whose content depends on `variant`.
+pub(crate) fn cidr(name: u8, variant: u8) -> ServiceCidr {
+    let cidrs = vec![format!("10.{variant}.0.0/16").parse().unwrap()];
+    ServiceCidr { key: ServiceCidrKey(format!("r{name}").into()), cidrs }
 }
 
 /// An endpoint set with these last address bytes; odd ones are not ready.
@@ -242,12 +248,30 @@ fn services_are_counted_and_paged_in_order() {
     assert_eq!(store.last_changed(&ServiceKey::new("a", "z")), Some(8), "a removal is a change");
 }
 
+#[test]
+fn what_belongs_to_no_service_is_served_and_counted_beside_the_rest() {
+    let mut store = Store::new(NonZeroU64::new(7).unwrap(), Instant::now());
+    store.apply(upsert(cidr(1, 1)), Instant::now());
+    store.apply(upsert(service("a", "b", 1)), Instant::now());
+    store.apply(upsert(cidr(0, 1)), Instant::now());
+    let keys: Vec<_> = store.snapshot().entries.iter().map(|entry| entry.key.to_string()).collect();
+    assert_eq!(keys, ["a/b", "r0", "r1"], "by kind and key");
+    assert_eq!((store.resource_count(Kind::ServiceCidr), store.head().resources), (2, 3));
+    let before = store.seq_of(store.head().digest).unwrap();
+    store.apply(remove(Key::ServiceCidr(cidr(1, 1).key)), Instant::now());
+    assert_eq!(store.delta(before, true).unwrap().removals, [Key::ServiceCidr(cidr(1, 1).key)]);
+    assert_eq!(store.last_changed(&ServiceKey::new("a", "b")), Some(2), "no Service has changed");
+    assert_eq!((store.resource_count(Kind::ServiceCidr), store.snapshot().entries.len()), (1, 2));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Service(u8, u8),
     Set(u8, u8, Vec<u8>),
     RemoveService(u8),
     RemoveSet(u8, u8),
+    Cidr(u8, u8),
+    RemoveCidr(u8),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -256,6 +280,8 @@ fn step() -> impl Strategy<Value = Step> {
         (0..5u8, 0..2u8, prop::collection::vec(0..12u8, 0..10)).prop_map(|(n, s, a)| Step::Set(n, s, a)),
         (0..5u8).prop_map(Step::RemoveService),
         (0..5u8, 0..2u8).prop_map(|(name, slice)| Step::RemoveSet(name, slice)),
+        (0..2u8, 0..3u8).prop_map(|(name, variant)| Step::Cidr(name, variant)),
+        (0..2u8).prop_map(Step::RemoveCidr),
     ]
 }
 
@@ -267,6 +293,8 @@ fn changes(steps: &[Step]) -> Changes {
             Step::Set(name, slice, addresses) => {
                 changes.upsert(set("n", &format!("s{name}"), &format!("e{slice}"), addresses));
             }
+            Step::Cidr(name, variant) => changes.upsert(cidr(*name, *variant)),
+            Step::RemoveCidr(name) => changes.remove(Key::ServiceCidr(cidr(*name, 0).key)),
             Step::RemoveService(name) => {
                 changes.remove(Key::Service(ServiceKey::new("n", format!("s{name}"))))
             }
@@ -367,8 +395,9 @@ proptest! {
             store.snapshot().entries.into_iter().map(|entry| (entry.key, entry.version, entry.body)).collect()
         };
         prop_assert_eq!(listing(&first), listing(&second));
-        prop_assert_eq!(first.service_count(), second.service_count());
-        prop_assert_eq!(first.endpoint_set_count(), second.endpoint_set_count());
+        for kind in Kind::ALL {
+            prop_assert_eq!(first.resource_count(kind), second.resource_count(kind));
+        }
         for (_, resource) in last.resources() {
             prop_assert_eq!(first.get(&resource.key()).unwrap().version, resource.version());
         }

@@ -64,11 +64,12 @@ fn service(name: &str, address: &str, serving: &[&str]) -> Arc<ServicePlan> {
         required_features: Vec::new(),
         health_check: None,
         conflicts: Vec::new(),
+        cluster_ips: Vec::new(),
     })
 }
 
 fn plan(services: &[Arc<ServicePlan>]) -> ForwardingPlan {
-    let node = ViewConfig::new("node-a").node_plan(&lockstep_model::NodeContext::unknown("node-a"), &[]);
+    let node = ViewConfig::new("node-a").node_plan(&lockstep_model::NodeContext::unknown("node-a"), &[], &[]);
     let services = services.iter().map(|service| (service.key.clone(), service.clone())).collect();
     ForwardingPlan { node, services }
 }

@@ -24,7 +24,7 @@ fn key(name: &str) -> ServiceKey {
 fn plan(services: &[(&str, u16, usize)]) -> ForwardingPlan {
     let mut node =
         ViewConfig { node_port_addresses: NodePortAddresses::Primary, ..ViewConfig::new("node-a") }
-            .node_plan(&NodeContext::unknown("node-a"), &[]);
+            .node_plan(&NodeContext::unknown("node-a"), &[], &[]);
     node.node_ports_v4 = NodePortScope::Addresses(vec![Ipv4Addr::LOCALHOST.into()]);
     let service = |(name, port, local_endpoints): &(&str, u16, usize)| {
         let check = HealthCheck { port: Port::new(*port).unwrap(), local_endpoints: *local_endpoints };
@@ -34,6 +34,7 @@ fn plan(services: &[(&str, u16, usize)]) -> ForwardingPlan {
             required_features: Vec::new(),
             health_check: Some(check),
             conflicts: Vec::new(),
+            cluster_ips: Vec::new(),
         };
         (key(name), Arc::new(plan))
     };

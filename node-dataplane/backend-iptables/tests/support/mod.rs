@@ -142,6 +142,7 @@ pub(crate) fn service(name: &str, index: u16, endpoints: u8) -> ServicePlan {
         required_features: Vec::new(),
         health_check: None,
         conflicts: Vec::new(),
+        cluster_ips: Vec::new(),
     }
 }
 
@@ -153,6 +154,7 @@ pub(crate) fn plan(services: impl IntoIterator<Item = ServicePlan>) -> Forwardin
         node_ports_v6: NodePortScope::AllLocal,
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
     };
     let services = services.into_iter().map(|service| (service.key.clone(), Arc::new(service))).collect();
     ForwardingPlan { node, services }

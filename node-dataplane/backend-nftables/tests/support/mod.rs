@@ -87,12 +87,22 @@ pub(crate) fn service(name: &str, mut ports: Vec<PortPlan>) -> Arc<ServicePlan> 
     ports.sort_by(|a, b| {
         (a.family, a.protocol, a.port, &a.name).cmp(&(b.family, b.protocol, b.port, &b.name))
     });
+    let surfaces = ports.iter().flat_map(|port| &port.frontends).map(|frontend| frontend.surface);
+    let mut cluster_ips: Vec<IpAddr> = surfaces
+        .filter_map(|surface| match surface {
+            Surface::ClusterIp(ip) => Some(ip),
+            _ => None,
+        })
+        .collect();
+    cluster_ips.sort_unstable();
+    cluster_ips.dedup();
     Arc::new(ServicePlan {
         key: key(name),
         ports,
         required_features: Vec::new(),
         health_check: None,
         conflicts: Vec::new(),
+        cluster_ips,
     })
 }
 
@@ -106,6 +116,7 @@ pub(crate) fn node() -> NodePlan {
         node_ports_v6: NodePortScope::Addresses(vec![ip("fd00::1"), ip("::1")]),
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
+        service_cidrs: ["10.96.0.0/12", "fd00:96::/112"].map(|cidr| cidr.parse().unwrap()).to_vec(),
     }
 }
 

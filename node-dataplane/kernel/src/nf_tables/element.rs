@@ -9,6 +9,7 @@ use crate::netlink::attr::{self, Attributes, aligned};
 const LIST_ELEMENT: u16 = 1;
 const KEY: u16 = 1;
 const DATA: u16 = 2;
+const FLAGS: u16 = 3;
 const TIMEOUT: u16 = 4;
 const EXPIRATION: u16 = 5;
 const KEY_END: u16 = 10;
@@ -16,6 +17,9 @@ const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
 const VERDICT_CHAIN: u16 = 2;
+
+/// `NFT_SET_ELEM_INTERVAL_END`.
+const INTERVAL_END: u32 = 1;
 
 /// What a map says about a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +37,8 @@ pub struct Element<'a> {
     pub key: &'a [u8],
     /// The last key of a range.
     pub key_end: Option<&'a [u8]>,
+    /// The key is the first one after a range, in a set whose ranges are two elements.
+    pub ends_interval: bool,
     /// How long it lives, and how much of that is left.
     pub lifetime: Option<Lifetime>,
     data: Option<Attributes<'a>>,
@@ -54,6 +60,7 @@ impl<'a> Element<'a> {
         Some(Self {
             key: value(KEY)?.value,
             key_end: value(KEY_END).map(|end| end.value),
+            ends_interval: attributes.get(FLAGS).is_some_and(|flags| flags.u32_be() & INTERVAL_END != 0),
             lifetime: attributes.get(TIMEOUT).map(|timeout| Lifetime {
                 timeout: timeout.u64_be(),
                 left: attributes.get(EXPIRATION).map_or(0, |left| left.u64_be()),
@@ -99,7 +106,18 @@ pub fn put_key(out: &mut Vec<u8>, key: &[u8]) {
     put_boxed(out, KEY, key);
 }
 
-/// Appends an element of a set of ranges, both ends included.
+/// Appends a range of a set of intervals, which is two elements: the first key, and the one after
+/// the last. `None` = the last key is the last there is.
+pub fn put_interval(out: &mut Vec<u8>, first: &[u8], after: Option<&[u8]>) {
+    put_key(out, first);
+    if let Some(after) = after {
+        attr::put_nest(out, LIST_ELEMENT, boxed(after.len()) + attr::HEADER + 4);
+        put_boxed(out, KEY, after);
+        attr::put_u32_be(out, FLAGS, INTERVAL_END);
+    }
+}
+
+/// Appends an element of a set of concatenated ranges, both ends included.
 pub fn put_range(out: &mut Vec<u8>, first: &[u8], last: &[u8]) {
     attr::put_nest(out, LIST_ELEMENT, boxed(first.len()) + boxed(last.len()));
     put_boxed(out, KEY, first);
@@ -170,6 +188,15 @@ mod tests {
         out.clear();
         put_range(&mut out, &[1; 4], &[9; 4]);
         assert_eq!(only(&out).key_end, Some(&[9; 4][..]));
+
+        out.clear();
+        put_interval(&mut out, &[1; 4], None);
+        assert_eq!((only(&out).key, only(&out).ends_interval), (&[1; 4][..], false));
+        let start = out.len();
+        out.clear();
+        put_interval(&mut out, &[1; 4], Some(&[9; 4]));
+        assert!(!only(&out[..start]).ends_interval);
+        assert_eq!((only(&out[start..]).key, only(&out[start..]).ends_interval), (&[9; 4][..], true));
     }
 
     #[test]

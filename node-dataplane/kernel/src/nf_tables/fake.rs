@@ -53,7 +53,7 @@ struct Table {
 struct FakeSet {
     attributes: Vec<u8>,
     size: usize,
-    /// Key, and last key of a range, to the element's attributes.
+    /// Key, and last key of a range or the mark of an end, to the element's attributes.
     elements: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
@@ -189,7 +189,8 @@ impl FakeKernel {
 
     fn element(&self, table: &mut Table, set: &str, element: &[u8], is_new: bool) -> Result<(), Errno> {
         let decoded = super::Element::decode(&Attributes::of(element)).ok_or(Errno::INVAL)?;
-        let key = [decoded.key, decoded.key_end.unwrap_or_default()].concat();
+        let end = if decoded.ends_interval { &[1][..] } else { decoded.key_end.unwrap_or_default() };
+        let key = [decoded.key, end].concat();
         let chain = decoded.verdict().and_then(|(_, chain)| chain);
         if is_new && chain.is_some_and(|chain| !table.chains.contains_key(chain)) {
             return Err(Errno::NOENT);

@@ -8,7 +8,7 @@ use lockstep_model::{Key, NodeContext, State};
 use super::{Cache, CacheError, LOG, Restored, format};
 use crate::Position;
 use crate::session::{Change, Committed};
-use crate::testing::{cluster, endpoints, service, service_key, set_key};
+use crate::testing::{cidr_key, cluster, endpoints, service, service_cidr, service_key, set_key};
 
 fn node() -> NodeContext {
     NodeContext { uid: Some("uid-1".into()), zone: Some("a".into()), ..NodeContext::unknown("node-a") }
@@ -83,6 +83,23 @@ fn what_was_recorded_comes_back() {
     commit(&mut cache, &mut state, 5, vec![upsert(service(9, 9))]);
     drop(cache);
     assert_eq!(reopen(directory.path()).unwrap().held.position, position(5, &state));
+}
+
+/// A file without any ServiceCidr is one of the release before: it has the same form.
+#[test]
+fn what_belongs_to_no_service_is_kept_beside_the_rest() {
+    let directory = tempfile::tempdir().unwrap();
+    written(directory.path());
+    let (mut cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+    let mut state = restored.unwrap().held.state;
+    let gone = Change::Remove(Key::ServiceCidr(cidr_key(2)));
+    commit(&mut cache, &mut state, 5, vec![upsert(service_cidr(1, 1)), upsert(service_cidr(2, 1))]);
+    commit(&mut cache, &mut state, 6, vec![upsert(service_cidr(1, 2)), gone]);
+    drop(cache);
+    let restored = reopen(directory.path()).unwrap().held;
+    assert_eq!((restored.position, restored.state.digest()), (position(6, &state), state.digest()));
+    let held: Vec<_> = restored.state.service_cidrs().map(|(version, _)| version).collect();
+    assert_eq!(held, [service_cidr(1, 2).version()]);
 }
 
 /// Cut anywhere, the file gives one of the states that were committed, or nothing.

@@ -45,20 +45,15 @@ fn missing<'a>(keys: impl Iterator<Item = &'a Key>) -> Option<Missing<'a>> {
     (!asked.is_empty()).then_some(Missing::Keys(asked))
 }
 
-/// Length of a key's text.
+/// Length of a key's text, about.
 fn key_bytes(key: &Key) -> usize {
-    let service = key.service();
-    let slice = match key {
-        Key::Service(_) => 0,
-        Key::EndpointSet(set) => set.slice.len() + 1,
-    };
-    service.namespace.len() + 1 + service.name.len() + slice
+    key.names().map(|name| name.len() + 1).sum()
 }
 
 impl Fault {
     /// A Service that this client held and can no longer program.
     pub(super) fn unsupported(key: Key, version: Option<Version>, feature: Feature) -> Self {
-        let message = format!("{} needs {feature:?}, which this node cannot program", key.service());
+        let message = format!("{key} needs {feature:?}, which this node cannot program");
         let failure = Failure {
             key: Some(key),
             version,

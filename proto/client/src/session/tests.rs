@@ -434,3 +434,23 @@ fn a_repeated_snapshot_reports_only_the_difference() {
     let held = session.state().get(&Key::EndpointSet(set_key(1)));
     assert!(matches!(held, Some((_, Resource::EndpointSet(set))) if set.endpoints.len() == 1));
 }
+
+/// It changes no Service, and a kind that is not known here takes nothing away with it.
+#[test]
+fn what_belongs_to_no_service_is_taken_in_and_removed() {
+    let mut server = Server::new(7, cluster(1));
+    let mut session = following(&server);
+    server.upsert(service_cidr(1, 1));
+    let committed = session.receive(server.delta(1, 2, true).remove(0), at(3)).committed.unwrap();
+    assert_eq!((committed.services.len(), committed.changes.len()), (0, 1));
+    assert_eq!(session.state().service_cidrs().count(), 1);
+
+    server.remove(&Key::ServiceCidr(cidr_key(1)));
+    let mut frame = server.delta(2, 3, true).remove(0);
+    let unknown = v1::ResourceRef { kind: 99, key: "a/b".into(), ..Default::default() };
+    batch_of(&mut frame).removals.push(unknown);
+    let committed = session.receive(frame, at(4)).committed.unwrap();
+    assert_eq!((committed.services.len(), committed.changes.len()), (0, 1));
+    assert_eq!(session.state().service_cidrs().count(), 0);
+    assert_eq!(ack_of(&session, &Report::default()).failures, []);
+}

@@ -7,9 +7,7 @@ use std::time::SystemTime;
 use lockstep_model::{
     Digest, EndpointSet, Feature, Interner, Key, Kind, Put, Resource, ServiceKey, State, Version, canonical,
 };
-use lockstep_wire::{
-    DecodeError, ReceivedPatch, batch, decode_endpoint_set, decode_key, decode_service, raw, v1,
-};
+use lockstep_wire::{DecodeError, ReceivedPatch, batch, convert, decode_body, decode_key, raw, take_body};
 
 use super::fault::{Fault, Faults};
 use super::{Change, Identity, lacking};
@@ -98,8 +96,11 @@ impl Transaction {
             self.keep(result, held);
         }
         for gone in batch.removals {
-            let result = self.removal(&gone);
-            self.keep(result, held);
+            // Of a kind that is not known nothing is held.
+            if let Ok(kind) = convert::kind_from_wire("kind", gone.kind) {
+                let result = removal(kind, &gone.key);
+                self.keep(result, held);
+            }
         }
         for patch in &batch.patches {
             let result = self.patch(patch, held.state, interner);
@@ -166,20 +167,17 @@ impl Transaction {
         interner: &mut Interner,
     ) -> Result<Change, Refused> {
         let announced = Version::from_bytes(&resource.version);
-        let (kind, body) = match resource.body {
-            Some(raw::resource::Body::Service(body)) => (Kind::Service, body),
-            Some(raw::resource::Body::EndpointSet(body)) => (Kind::EndpointSet, body),
-            None => {
-                let message = "a kind of resource that this client does not know".to_owned();
-                return Err(Refused {
-                    key: None,
-                    version: announced,
-                    reason: FailureReason::Unsupported,
-                    message,
-                    lost: false,
-                });
-            }
+        let Some(body) = resource.body else {
+            let message = "a kind of resource that this client does not know".to_owned();
+            return Err(Refused {
+                key: None,
+                version: announced,
+                reason: FailureReason::Unsupported,
+                message,
+                lost: false,
+            });
         };
+        let (kind, body) = take_body(body);
         let version = Version::of(&body);
         if !resource.version.is_empty() && announced != Some(version) {
             return Err(Refused {
@@ -197,12 +195,8 @@ impl Transaction {
                 return Ok(Change::Upsert(same, resource));
             }
         }
-        let decoded = match kind {
-            Kind::Service => decode_service(&body, interner).map(Resource::from),
-            Kind::EndpointSet => decode_endpoint_set(&body, interner).map(Resource::from),
-        };
-        let resource =
-            decoded.map_err(|error| Refused::undecodable(decode_key(kind, &body), Some(version), &error))?;
+        let resource = decode_body(kind, &body, interner)
+            .map_err(|error| Refused::undecodable(decode_key(kind, &body), Some(version), &error))?;
         match held.lacking(&resource) {
             None => Ok(Change::Upsert(version, resource)),
             Some(feature) => {
@@ -211,21 +205,6 @@ impl Transaction {
                 Err(Refused { key, version, reason, message, lost: false })
             }
         }
-    }
-
-    fn removal(&self, gone: &v1::ResourceRef) -> Result<Change, Refused> {
-        let kind = match gone.kind() {
-            v1::ResourceKind::Service => Some(Kind::Service),
-            v1::ResourceKind::EndpointSet => Some(Kind::EndpointSet),
-            v1::ResourceKind::Unspecified => None,
-        };
-        kind.and_then(|kind| Key::parse(kind, &gone.key)).map(Change::Remove).ok_or_else(|| Refused {
-            key: None,
-            version: None,
-            reason: FailureReason::Decode,
-            message: format!("removal of {:?}, which names no resource", gone.key),
-            lost: false,
-        })
     }
 
     fn patch(&self, patch: &[u8], held: &State, interner: &mut Interner) -> Result<Change, Refused> {
@@ -295,7 +274,8 @@ impl Transaction {
         } else if let Some(next) = next_faults {
             *faults = next;
         }
-        let mut services: Vec<ServiceKey> = changes.iter().map(|change| change.service().clone()).collect();
+        let mut services: Vec<ServiceKey> =
+            changes.iter().filter_map(|change| change.service().cloned()).collect();
         if !services.is_sorted() {
             services.sort_unstable();
         }
@@ -326,6 +306,16 @@ impl Transaction {
         }
         Some(next)
     }
+}
+
+fn removal(kind: Kind, key: &str) -> Result<Change, Refused> {
+    Key::parse(kind, key).map(Change::Remove).ok_or_else(|| Refused {
+        key: None,
+        version: None,
+        reason: FailureReason::Decode,
+        message: format!("removal of {key:?}, which names no resource"),
+        lost: false,
+    })
 }
 
 /// The set that a patch names by its text: looked up without making a key.
@@ -412,11 +402,12 @@ impl Change {
         }
     }
 
-    /// The Service it is about.
-    pub fn service(&self) -> &ServiceKey {
+    /// The Service it is about; `None` = it is about none.
+    pub fn service(&self) -> Option<&ServiceKey> {
         match self {
-            Change::Upsert(_, Resource::Service(service)) => &service.key,
-            Change::Upsert(_, Resource::EndpointSet(set)) => &set.key.service,
+            Change::Upsert(_, Resource::Service(service)) => Some(&service.key),
+            Change::Upsert(_, Resource::EndpointSet(set)) => Some(&set.key.service),
+            Change::Upsert(_, Resource::ServiceCidr(_)) => None,
             Change::Remove(key) => key.service(),
         }
     }

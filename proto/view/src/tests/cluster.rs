@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use lockstep_model::{
     Conditions, Endpoint, EndpointPort, EndpointSet, EndpointSetKey, Family, Hints, Key, LoadBalancerIngress,
-    NodeContext, Protocol, Resource, Service, ServiceKey, ServicePort, ServiceType, State, TrafficPolicy,
+    NodeContext, Protocol, Resource, Service, ServiceCidr, ServiceCidrKey, ServiceKey, ServicePort,
+    ServiceType, State, TrafficPolicy,
 };
 
 use crate::{Changed, DetectLocal, InterfaceName, NodePortAddresses, ServicePlan, View, ViewConfig};
@@ -116,14 +117,15 @@ impl Cluster {
 
     pub(super) fn put(&mut self, resource: impl Into<Resource>) -> Changed {
         let resource = resource.into();
-        let key = resource.key().service().clone();
+        let keys: Vec<_> = resource.key().service().cloned().into_iter().collect();
         self.state.upsert(resource.version(), resource);
-        self.view.update(&self.state, &[key])
+        self.view.update(&self.state, &keys)
     }
 
     pub(super) fn remove(&mut self, key: &Key) -> Changed {
         self.state.remove(key);
-        self.view.update(&self.state, &[key.service().clone()])
+        let keys: Vec<_> = key.service().cloned().into_iter().collect();
+        self.view.update(&self.state, &keys)
     }
 
     pub(super) fn plan(&self, service: &Service) -> Arc<ServicePlan> {
@@ -239,6 +241,18 @@ impl Draw {
         let mut set = EndpointSet { key: self.set_key(), family, ports, endpoints };
         set.canonicalise();
         set
+    }
+
+    pub(super) fn cidr_key(&mut self) -> ServiceCidrKey {
+        ServiceCidrKey(self.of(&["r1", "r2", "r3"]).into())
+    }
+
+    pub(super) fn cidr(&mut self) -> ServiceCidr {
+        let ranges = ["172.30.0.0/16", "172.30.0.0/24", "172.30.4.0/24", "172.31.0.0/16", "fd00:30::/108"];
+        let cidrs = self.some(&ranges.map(|range| range.parse().unwrap()));
+        let mut cidr = ServiceCidr { key: self.cidr_key(), cidrs };
+        cidr.canonicalise();
+        cidr
     }
 
     pub(super) fn node(&mut self) -> NodeContext {

@@ -162,7 +162,31 @@ impl<'a> Oracle<'a> {
             }
         }
         let required_features = features.into_iter().collect();
-        Some(ServicePlan { key: service.key.clone(), ports, required_features, health_check, conflicts })
+        let cluster_ips = self.cluster_ips(service);
+        let key = service.key.clone();
+        Some(ServicePlan { key, ports, cluster_ips, required_features, health_check, conflicts })
+    }
+
+    /// Of all Services with ports that name a cluster IP, the first by name has it.
+    fn cluster_ips(&self, service: &Service) -> Vec<IpAddr> {
+        let mut ips = BTreeSet::new();
+        for ip in &service.cluster_ips {
+            let mut names: Vec<_> = self.services.iter().filter(|it| it.cluster_ips.contains(ip)).collect();
+            names.retain(|it| !it.ports.is_empty());
+            let first = names.iter().map(|it| &it.key).min();
+            if first == Some(&service.key) && self.config.families.contains(&Family::of(*ip)) {
+                ips.insert(*ip);
+            }
+        }
+        ips.into_iter().collect()
+    }
+
+    /// The ranges of all ServiceCidrs that are inside no other.
+    pub(super) fn service_cidrs(&self) -> Vec<IpNet> {
+        let all: BTreeSet<IpNet> = self.state.service_cidrs().flat_map(|(_, it)| it.cidrs.clone()).collect();
+        let planned = |it: &IpNet| self.config.families.contains(&Family::of(it.addr()));
+        let inside = |it: &IpNet| all.iter().any(|other| other != it && other.contains(it));
+        all.iter().filter(|it| planned(it) && !inside(it)).copied().collect()
     }
 
     fn sets(&self, service: &Service) -> Vec<&'a EndpointSet> {

@@ -18,23 +18,28 @@ fn differences<T: PartialEq>(
     keys.into_iter().filter(|key| old.get(key) != new.get(key)).cloned().collect()
 }
 
-/// One random change of the state; returns the Service concerned.
-fn change(draw: &mut Draw, state: &mut State) -> ServiceKey {
-    let resource = match draw.0.u8(..10) {
+/// One random change of the state; returns the Service concerned, if it is of one.
+fn change(draw: &mut Draw, state: &mut State) -> Option<ServiceKey> {
+    let resource = match draw.0.u8(..12) {
         0 => {
             let key = draw.key();
             state.remove(&Key::Service(key.clone()));
-            return key;
+            return Some(key);
         }
         1 => {
             let key = draw.set_key();
             state.remove(&Key::EndpointSet(key.clone()));
-            return key.service;
+            return Some(key.service);
         }
+        10 => {
+            state.remove(&Key::ServiceCidr(draw.cidr_key()));
+            return None;
+        }
+        11 => draw.cidr().into(),
         2..6 => draw.service().into(),
         _ => lockstep_model::Resource::from(draw.set()),
     };
-    let key = resource.key().service().clone();
+    let key = resource.key().service().cloned();
     state.upsert(resource.version(), resource);
     key
 }
@@ -76,13 +81,13 @@ proptest! {
         cluster.view.set_interface_addresses(interfaces.clone());
         for changes in batches {
             let mut keys: Vec<ServiceKey> =
-                (0..changes).map(|_| change(&mut draw, &mut cluster.state)).collect();
+                (0..changes).filter_map(|_| change(&mut draw, &mut cluster.state)).collect();
             if draw.0.u8(..4) == 0 {
                 node = draw.node();
                 cluster.view.set_node(node.clone());
             }
             draw.0.shuffle(&mut keys);
-            let before = cluster.plans();
+            let (before, node_before) = (cluster.plans(), cluster.view.plan().node.clone());
             let changed = cluster.view.update(&cluster.state, &keys);
             let after = cluster.plans();
             prop_assert_eq!(&changed.services, &differences(&before, &after));
@@ -90,6 +95,8 @@ proptest! {
             let oracle = Oracle::new(&config, &node, &cluster.state);
             prop_assert_eq!(pods(cluster.view.plan()), oracle.pods());
             prop_assert_eq!(localhost(cluster.view.plan()), oracle.localhost(&interfaces));
+            prop_assert_eq!(changed.node, cluster.view.plan().node != node_before);
+            prop_assert_eq!(&cluster.view.plan().node.service_cidrs, &oracle.service_cidrs());
             let oracle = oracle.plans();
             for key in differences(&after, &oracle) {
                 prop_assert_eq!(after.get(&key), oracle.get(&key), "{}", key);
@@ -109,12 +116,14 @@ proptest! {
         let mut draw = Draw(fastrand::Rng::with_seed(seed));
         let config = draw.config();
         let (mut one, mut other) = (Cluster::new(config.clone()), Cluster::new(config));
-        let mut keys: Vec<_> = (0..12).map(|_| change(&mut draw, &mut one.state)).collect();
+        let mut keys: Vec<_> = (0..12).filter_map(|_| change(&mut draw, &mut one.state)).collect();
         let first = one.view.update(&one.state, &keys);
         draw.0.shuffle(&mut keys);
         for key in &keys {
             other.view.update(&one.state, std::slice::from_ref(key));
         }
+        // Whatever belongs to no Service is not among them.
+        other.view.update(&one.state, &[]);
         prop_assert_eq!(one.view.plan(), other.view.plan());
         prop_assert!(first.services.is_sorted());
         prop_assert!(one.view.update(&one.state, &keys).is_empty());

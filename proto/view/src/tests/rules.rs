@@ -1,6 +1,8 @@
 //! The rules one by one, each by its name.
 
-use lockstep_model::{EndpointPort, Family, Key, Protocol, ServiceType, TrafficPolicy};
+use lockstep_model::{
+    EndpointPort, Family, Key, Protocol, ServiceCidr, ServiceCidrKey, ServiceType, TrafficPolicy,
+};
 
 use super::cluster::*;
 use crate::explain::{Exclusion, explain};
@@ -267,7 +269,7 @@ fn nobody_takes_a_cluster_ip_as_an_external_ip() {
 fn node_port_addresses_per_family() {
     let scope = |addresses: NodePortAddresses, family| {
         let config = ViewConfig { node_port_addresses: addresses, ..config() };
-        let plan = config.node_plan(&node(), &[ip("192.168.7.7"), ip("127.0.0.1")]);
+        let plan = config.node_plan(&node(), &[ip("192.168.7.7"), ip("127.0.0.1")], &[]);
         match plan.node_ports(family) {
             NodePortScope::AllLocal => vec!["all".to_owned()],
             NodePortScope::Addresses(list) => list.iter().map(ToString::to_string).collect(),
@@ -290,11 +292,11 @@ fn node_port_addresses_per_family() {
 fn a_node_whose_addresses_are_unknown_answers_node_ports_at_all_of_them() {
     let config = ViewConfig { node_port_addresses: NodePortAddresses::Primary, ..config() };
     let unknown = lockstep_model::NodeContext::unknown("node-a");
-    let plan = config.node_plan(&unknown, &[ip("192.168.7.7")]);
+    let plan = config.node_plan(&unknown, &[ip("192.168.7.7")], &[]);
     assert_eq!(plan.node_ports(Family::V4), &NodePortScope::AllLocal);
     // A family that a known node has no address of is another matter.
     let known = lockstep_model::NodeContext { addresses: vec![ip("192.168.0.2")], ..unknown };
-    let plan = config.node_plan(&known, &[]);
+    let plan = config.node_plan(&known, &[], &[]);
     assert_eq!(plan.node_ports(Family::V4), &NodePortScope::Addresses(vec![ip("192.168.0.2")]));
     assert_eq!(plan.node_ports(Family::V6), &NodePortScope::Addresses(Vec::new()));
 }
@@ -304,7 +306,7 @@ fn node_ports_answer_at_localhost_where_the_configuration_does_not_leave_it_out(
     let (config, interfaces) = (config(), ["127.0.0.1", "::1", "192.168.0.2"].map(ip));
     let at = |addresses: NodePortAddresses, localhost_node_ports| {
         let config = ViewConfig { node_port_addresses: addresses, localhost_node_ports, ..config.clone() };
-        let plan = config.node_plan(&node(), &interfaces);
+        let plan = config.node_plan(&node(), &interfaces, &[]);
         (plan.localhost_node_ports, plan.node_ports_v4, plan.node_ports_v6)
     };
     let cidrs = |list: &[&str]| NodePortAddresses::Cidrs(list.iter().map(|it| it.parse().unwrap()).collect());
@@ -321,7 +323,7 @@ fn node_ports_answer_at_localhost_where_the_configuration_does_not_leave_it_out(
     assert_eq!(at(cidrs(&["fd00::/8"]), true), (true, all(), only(&[])), "no CIDR of the family");
     assert_eq!(at(cidrs(&["126.0.0.0/7"]), true), (true, only(&["127.0.0.1"]), all()));
     let v6_only = ViewConfig { families: vec![Family::V6], localhost_node_ports: true, ..config.clone() };
-    assert!(!v6_only.node_plan(&node(), &interfaces).localhost_node_ports);
+    assert!(!v6_only.node_plan(&node(), &interfaces, &[]).localhost_node_ports);
 }
 
 #[test]
@@ -366,7 +368,7 @@ fn interfaces_tell_pods_in_both_families() {
         (DetectLocal::InterfaceNamePrefix(name.clone()), PodSources::InterfacePrefix(name.clone())),
     ] {
         let config = ViewConfig { detect_local, ..config() };
-        assert_eq!(config.node_plan(&node(), &[]).pods, Some(pods));
+        assert_eq!(config.node_plan(&node(), &[], &[]).pods, Some(pods));
         let facts = Facts::new(&config, &node());
         assert!(Family::ALL.into_iter().all(|family| facts.tells_pods(family)));
     }
@@ -395,6 +397,61 @@ fn a_zone_that_changes_plans_everything_again() {
     let changed = cluster.view.update(&cluster.state, &[]);
     assert_eq!((changed.services, changed.node), (vec![web.key.clone()], false));
     assert_eq!(texts(&only_port(&cluster.plan(&web)).cluster), ["10.1.0.2:8080"]);
+}
+
+#[test]
+fn the_rest_of_a_cluster_ip_is_one_services_whoever_comes_and_goes() {
+    let mut cluster = Cluster::new(config());
+    let mut low = service("a/low", &["172.30.0.1", "fd00:30::1"]);
+    let mut high = service("b/high", &["172.30.0.1"]);
+    high.ports = vec![port("", Protocol::Tcp, 81)];
+    cluster.put(high.clone());
+    assert_eq!(cluster.plan(&high).cluster_ips, [ip("172.30.0.1")], "without endpoints too");
+    let changed = cluster.put(low.clone());
+    assert_eq!(changed.services, [low.key.clone(), high.key.clone()]);
+    assert_eq!(cluster.plan(&low).cluster_ips, [ip("172.30.0.1"), ip("fd00:30::1")]);
+    assert_eq!(cluster.plan(&high).cluster_ips, [] as [std::net::IpAddr; 0]);
+    assert!(cluster.plan(&high).conflicts.is_empty(), "its own port is its own");
+    // A change that moves no address gives it to nobody else.
+    cluster.put(slice(&high, "s1", vec![endpoint("10.1.0.1", "n2", READY)]));
+    assert_eq!(cluster.plan(&high).cluster_ips, [] as [std::net::IpAddr; 0]);
+    low.ports.clear();
+    assert_eq!(cluster.put(low.clone()).services, [low.key.clone(), high.key.clone()]);
+    assert_eq!(cluster.plan(&high).cluster_ips, [ip("172.30.0.1")]);
+    cluster.remove(&Key::Service(low.key));
+    assert_eq!(cluster.plan(&high).cluster_ips, [ip("172.30.0.1")]);
+}
+
+#[test]
+fn service_cidrs_are_the_nodes_and_concern_no_service() {
+    let cidr = |name: &str, cidrs: &[&str]| {
+        let cidrs = cidrs.iter().map(|it| it.parse().unwrap()).collect();
+        let mut cidr = ServiceCidr { key: ServiceCidrKey(name.into()), cidrs };
+        cidr.canonicalise();
+        cidr
+    };
+    let mut cluster = Cluster::new(config());
+    cluster.put(service("a/web", &["172.30.0.1"]));
+    let changed = cluster.put(cidr("kubernetes", &["172.30.0.0/24", "fd00:30::/112"]));
+    assert_eq!((changed.services, changed.node), (vec![], true));
+    let ranges = |cluster: &Cluster| {
+        let ranges = cluster.view.plan().node.service_cidrs.iter();
+        ranges.map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(ranges(&cluster), "172.30.0.0/24 fd00:30::/112");
+    assert!(cluster.put(cidr("more", &["172.30.0.128/25"])).is_empty(), "inside what is there");
+    cluster.put(cidr("more", &["172.30.0.0/16"]));
+    assert_eq!(ranges(&cluster), "172.30.0.0/16 fd00:30::/112");
+    // Node and addresses may change beside them.
+    cluster.view.set_node(node());
+    cluster.view.update(&cluster.state, &[]);
+    assert_eq!(ranges(&cluster), "172.30.0.0/16 fd00:30::/112");
+    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("kubernetes".into()))).node);
+    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("more".into()))).node);
+    assert_eq!(ranges(&cluster), "");
+    let mut v4_only = Cluster::new(ViewConfig { families: vec![Family::V4], ..config() });
+    v4_only.put(cidr("kubernetes", &["172.30.0.0/24", "fd00:30::/112"]));
+    assert_eq!(ranges(&v4_only), "172.30.0.0/24");
 }
 
 #[test]

@@ -41,6 +41,8 @@ fn result(cluster: &Cluster, from: &str, to: &str, port: u16) -> String {
     let trace = follow(cluster, from, to, port);
     match trace.verdict {
         Verdict::LeftAlone => String::new(),
+        Verdict::OtherPort => "OTHER PORT".into(),
+        Verdict::Unallocated => "UNALLOCATED".into(),
         Verdict::SourceRefused => "BLOCKED".into(),
         Verdict::Decided(Action::Drop) => "DROP".into(),
         Verdict::Decided(Action::Reject) => "REJECT".into(),

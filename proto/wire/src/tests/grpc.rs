@@ -169,7 +169,7 @@ async fn stock_client_reads_frames_as_typed_messages() {
         .iter()
         .map(|resource| match resource.body.as_ref().unwrap() {
             v1::resource::Body::Service(service) => service.name.as_str(),
-            v1::resource::Body::EndpointSet(set) => panic!("{set:?}"),
+            other => panic!("{other:?}"),
         })
         .collect();
     assert_eq!(names, ["cart-0", "cart-1", "cart-2"]);

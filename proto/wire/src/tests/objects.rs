@@ -7,8 +7,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use lockstep_model::{
     Conditions, Endpoint, EndpointPort, EndpointSet, EndpointSetKey, Family, Hints, LoadBalancerIngress,
-    NodeContext, Port, Protocol, Service, ServiceKey, ServicePort, ServiceType, TrafficDistribution,
-    TrafficPolicy,
+    NodeContext, Port, Protocol, Service, ServiceCidr, ServiceCidrKey, ServiceKey, ServicePort, ServiceType,
+    TrafficDistribution, TrafficPolicy,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -177,6 +177,14 @@ pub(super) fn endpoint_set_and_next() -> impl Strategy<Value = (EndpointSet, End
 
 pub(super) fn endpoint_set() -> impl Strategy<Value = EndpointSet> {
     endpoint_set_and_next().prop_map(|(set, _)| set)
+}
+
+pub(super) fn service_cidr() -> impl Strategy<Value = ServiceCidr> {
+    (name(), vec(cidr(), 0..4)).prop_map(|(name, cidrs)| {
+        let mut cidr = ServiceCidr { key: ServiceCidrKey(name), cidrs };
+        cidr.canonicalise();
+        cidr
+    })
 }
 
 pub(super) fn node_context() -> impl Strategy<Value = NodeContext> {

@@ -40,7 +40,13 @@ pub(super) fn overview(it: &Overview) -> String {
                 short(&it.head.digest)
             ),
         ),
-        ("Services", format!("{} with {} endpoint sets", it.services, it.endpoint_sets)),
+        (
+            "Services",
+            format!(
+                "{} with {} endpoint sets; {} ServiceCIDRs",
+                it.services, it.endpoint_sets, it.service_cidrs
+            ),
+        ),
         ("Quarantine", quarantine),
         ("Nodes", nodes),
         (

@@ -196,7 +196,7 @@ impl Explanation {
             settings: settings(evidence),
             source: client(evidence, &trace),
             service: trace.matched.as_ref().map(|it| matched(evidence, it)),
-            verdict: verdict(trace.verdict),
+            verdict: verdict(evidence, trace.verdict),
             reason: reasons::verdict(evidence, &trace, service),
             forward,
             endpoints: port.map(|port| endpoints(evidence, &trace, &port)).unwrap_or_default(),
@@ -354,9 +354,11 @@ fn candidate(
     }
 }
 
-fn verdict(verdict: Verdict) -> &'static str {
+fn verdict(evidence: &Evidence, verdict: Verdict) -> &'static str {
     match verdict {
-        Verdict::LeftAlone => "LeftAlone",
+        Verdict::OtherPort if evidence.refuses_other_ports() => "Refused",
+        Verdict::Unallocated if evidence.refuses_other_ports() => "Dropped",
+        Verdict::LeftAlone | Verdict::OtherPort | Verdict::Unallocated => "LeftAlone",
         Verdict::SourceRefused => "DroppedBySourceRanges",
         Verdict::Decided(Action::Forward { .. }) => "Forwarded",
         Verdict::Decided(Action::Reject) => "Refused",

@@ -42,10 +42,7 @@ fn why_not(evidence: &Evidence, service: &Service) -> Option<String> {
         return None;
     }
     if to.is_loopback() {
-        return Some(format!(
-            "{key} has node port {}, which never answers at loopback addresses",
-            packet.port
-        ));
+        return Some(format!("{key} has node port {}, which does not answer at {to} on {node}", packet.port));
     }
     let own = match evidence.view.plan().node.node_ports(Family::of(to)) {
         NodePortScope::AllLocal => {

@@ -10,15 +10,20 @@ use super::Evidence;
 pub(super) fn verdict(evidence: &Evidence, trace: &Trace<'_>, service: Option<&Service>) -> String {
     let packet = &evidence.packet;
     let (Some(matched), Some(service)) = (&trace.matched, service) else {
-        return format!(
-            "no Service has {}/{} on this node",
-            std::net::SocketAddr::new(packet.destination, packet.port.get()),
-            packet.protocol
-        );
+        let to = std::net::SocketAddr::new(packet.destination, packet.port.get());
+        let nobody = format!("no Service has {to}/{} on this node", packet.protocol);
+        let concerned = if evidence.refuses_other_ports() { "" } else { ", which this mode leaves alone" };
+        return match trace.verdict {
+            Verdict::OtherPort => format!("{nobody}, and {} is a cluster IP{concerned}", packet.destination),
+            Verdict::Unallocated => {
+                format!("{nobody}, and {} is in a ServiceCIDR{concerned}", packet.destination)
+            }
+            _ => nobody,
+        };
     };
     let policy = policy(matched, service);
     match trace.verdict {
-        Verdict::LeftAlone => String::new(),
+        Verdict::LeftAlone | Verdict::OtherPort | Verdict::Unallocated => String::new(),
         Verdict::SourceRefused => format!("{} is in no source range of the load balancer", packet.source),
         Verdict::Decided(Action::Reject) => "no endpoint of this port is usable on any node".into(),
         Verdict::Decided(Action::Drop) => format!("{policy}, and no endpoint on this node is usable"),

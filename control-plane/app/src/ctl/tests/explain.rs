@@ -215,9 +215,15 @@ async fn a_packet_for_nobody_is_left_alone_and_what_is_close_is_named() {
     let mut cart = shop();
     cart.load_balancer_ingress[0].proxy_mode = true;
     let (world, _node) = World::explained(cart, vec![carts()], vec![]).await;
+    // An iptables node, which leaves them alone.
+    for to in ["tcp 10.96.0.42:444", "udp 10.96.0.42:443"] {
+        let it = world.json(&format!("--node n1 --from 10.1.0.9 {to}")).await;
+        assert_eq!((&it["verdict"], &it["service"]), (&"LeftAlone".into(), &serde_json::Value::Null), "{to}");
+        let reason = it["reason"].as_str().unwrap();
+        assert!(reason.ends_with("10.96.0.42 is a cluster IP, which this mode leaves alone"), "{reason}");
+        assert_eq!(it["nearby"][0], "shop/cart has 10.96.0.42, but only port 443/TCP");
+    }
     for (to, near) in [
-        ("tcp 10.96.0.42:444", "shop/cart has 10.96.0.42, but only port 443/TCP"),
-        ("udp 10.96.0.42:443", "shop/cart has 10.96.0.42, but only port 443/TCP"),
         (
             "tcp 198.51.100.42:443",
             "shop/cart has 198.51.100.42 with ipMode Proxy: nodes leave that to the load balancer",
@@ -226,7 +232,7 @@ async fn a_packet_for_nobody_is_left_alone_and_what_is_close_is_named() {
             "tcp 10.200.0.12:30443",
             "shop/cart has node port 30443, which answers on n1 at the primary addresses: 10.200.0.11",
         ),
-        ("tcp 127.0.0.1:30443", "shop/cart has node port 30443, which never answers at loopback addresses"),
+        ("tcp 127.0.0.1:30443", "shop/cart has node port 30443, which does not answer at 127.0.0.1 on n1"),
     ] {
         let it = world.json(&format!("--node n1 --from 10.1.0.9 {to}")).await;
         assert_eq!((&it["verdict"], &it["nearby"][0]), (&"LeftAlone".into(), &near.into()), "{to}");

@@ -3,13 +3,14 @@
 
 mod endpoint_slices;
 mod nodes;
+mod service_cidrs;
 mod services;
 
-use lockstep_model::{EndpointSet, Interner, InvalidField, NodeContext, Service};
+use lockstep_model::{EndpointSet, Interner, InvalidField, NodeContext, Service, ServiceCidr};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{Conversion, Node, Outcome, endpoint_slice, node, service};
+use super::{Conversion, Node, Outcome, endpoint_slice, node, service, service_cidr};
 
 /// `changes` merged into `object`: null takes away, an array replaces.
 fn merged(object: &Value, changes: &Value) -> Value {
@@ -71,6 +72,11 @@ fn slice_with(changes: &Value) -> Conversion<EndpointSet> {
 
 fn node_with(changes: &Value) -> Result<NodeContext, InvalidField> {
     node(&typed::<Node>(merged(&a_node(), changes)), &mut Interner::default())
+}
+
+fn cidr_with(changes: &Value) -> Conversion<ServiceCidr> {
+    let cidr = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12"]}});
+    service_cidr(&typed(merged(&cidr, changes)))
 }
 
 fn object<T: std::fmt::Debug>(conversion: Conversion<T>) -> T {

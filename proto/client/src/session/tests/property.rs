@@ -12,7 +12,9 @@ use crate::testing::*;
 enum Act {
     Service(u8, u8),
     Endpoints(u8, Vec<u8>),
+    Cidr(u8, u8),
     Remove(u8),
+    RemoveCidr(u8),
     /// Sends what is new, with this done to it on the way.
     Send(Fate),
     Cut,
@@ -34,7 +36,9 @@ fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
         (0..6u8, 0..4u8).prop_map(|(index, variant)| Act::Service(index, variant)),
         (0..6u8, prop::collection::vec(1..9u8, 0..5)).prop_map(|(index, hosts)| Act::Endpoints(index, hosts)),
+        (0..3u8, 0..4u8).prop_map(|(index, variant)| Act::Cidr(index, variant)),
         (0..6u8).prop_map(Act::Remove),
+        (0..3u8).prop_map(Act::RemoveCidr),
         prop_oneof![
             4 => Just(Fate::Whole),
             1 => Just(Fate::Lost),
@@ -141,7 +145,9 @@ proptest! {
             match act {
                 Act::Service(index, variant) => world.server.upsert(service(index, variant)),
                 Act::Endpoints(index, hosts) => world.server.upsert(endpoints(index, &hosts)),
+                Act::Cidr(index, variant) => world.server.upsert(service_cidr(index, variant)),
                 Act::Remove(index) => world.server.remove(&Key::Service(service_key(index))),
+                Act::RemoveCidr(index) => world.server.remove(&Key::ServiceCidr(cidr_key(index))),
                 Act::Send(fate) => world.send(&fate),
                 Act::Cut => {
                     world.session.disconnected();

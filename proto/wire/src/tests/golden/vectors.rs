@@ -11,7 +11,7 @@ use prost_reflect::{DescriptorPool, DynamicMessage, EnumDescriptor, MessageDescr
 use serde_json::Value;
 
 use super::{check, read};
-use crate::{FILE_DESCRIPTOR_SET, ReceivedPatch, convert, decode_endpoint_set, decode_service};
+use crate::{FILE_DESCRIPTOR_SET, ReceivedPatch, convert, decode_body};
 
 static POOL: LazyLock<DescriptorPool> =
     LazyLock::new(|| DescriptorPool::decode(FILE_DESCRIPTOR_SET).unwrap());
@@ -48,16 +48,13 @@ fn kind(entry: &Value) -> (Kind, MessageDescriptor) {
     match text(entry, "kind") {
         "RESOURCE_KIND_SERVICE" => (Kind::Service, descriptor("Service")),
         "RESOURCE_KIND_ENDPOINT_SET" => (Kind::EndpointSet, descriptor("EndpointSet")),
+        "RESOURCE_KIND_SERVICE_CIDR" => (Kind::ServiceCidr, descriptor("ServiceCidr")),
         other => panic!("no kind {other}"),
     }
 }
 
 fn decode(kind: Kind, bytes: &[u8]) -> Result<Resource, crate::DecodeError> {
-    let mut interner = Interner::default();
-    match kind {
-        Kind::Service => decode_service(bytes, &mut interner).map(Resource::from),
-        Kind::EndpointSet => decode_endpoint_set(bytes, &mut interner).map(Resource::from),
-    }
+    decode_body(kind, bytes, &mut Interner::default())
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -169,7 +166,7 @@ fn patches_have_their_bytes() {
     let objects = objects();
     let set = |name: &str| match &objects[name].resource {
         Resource::EndpointSet(set) => EndpointSet::clone(set),
-        Resource::Service(_) => panic!("{name} is no endpoint set"),
+        _ => panic!("{name} is no endpoint set"),
     };
     let text: Vec<_> = entries("vectors/patches.json")
         .iter()
