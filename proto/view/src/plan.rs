@@ -80,8 +80,9 @@ pub struct PortPlan {
     pub cluster: Vec<Target>,
     /// Endpoints of [`Pool::Local`], sorted. Filled only where a frontend uses it.
     pub local: Vec<Target>,
-    /// Targets among `cluster` and `local` that run on this node, sorted: only they can meet
-    /// themselves (hairpin), and their packets must then be masqueraded.
+    /// Targets among `cluster` and `local` that this node can send to themselves (hairpin),
+    /// sorted: their packets must then be masqueraded. They run on this node, or pods of other
+    /// nodes that ask this one keep their source.
     pub hairpin: Vec<Target>,
     /// UDP only: every endpoint anywhere that serves, sorted. A flow that is established may go
     /// on to any of these, whatever policy or topology say about new ones, see

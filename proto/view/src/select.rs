@@ -158,11 +158,14 @@ impl<'a> Candidates<'a> {
         self.list.iter().filter(serves).map(|it| it.target).collect()
     }
 
-    /// Those of the pools in use that run on this node.
-    pub fn hairpin(&self, facts: &Facts, cluster: bool, local: &[Target]) -> Vec<Target> {
+    /// Those of the pools in use that can be sent to themselves by this node: those that run on
+    /// it, and where `keeps_pods`, that is where pods of other nodes ask here and keep their
+    /// source, those that run elsewhere, too.
+    pub fn hairpin(&self, facts: &Facts, cluster: bool, keeps_pods: bool, local: &[Target]) -> Vec<Target> {
         let met = |it: &&Candidate<'_>| {
-            is_local(it.endpoint, facts)
-                && (cluster && self.in_cluster(it.endpoint, facts) || local.binary_search(&it.target).is_ok())
+            let in_cluster = cluster && self.in_cluster(it.endpoint, facts);
+            is_local(it.endpoint, facts) && (in_cluster || local.binary_search(&it.target).is_ok())
+                || keeps_pods && in_cluster
         };
         self.list.iter().filter(met).map(|it| it.target).collect()
     }

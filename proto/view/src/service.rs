@@ -13,7 +13,7 @@ use crate::claims::{self, Owners, Place};
 use crate::config::Facts;
 use crate::decide::{self, Situation, Verdicts};
 use crate::select::{self, Candidates};
-use crate::{Conflict, Frontend, HealthCheck, Pool, PortPlan, ServicePlan, Surface};
+use crate::{Action, Conflict, Frontend, HealthCheck, Pool, PortPlan, ServicePlan, Surface};
 
 /// Plans one Service from its endpoint sets, in order of slice name. `None` where it has
 /// nothing to program and nothing to report.
@@ -98,7 +98,10 @@ fn port_plan(
     let external = decide::external(service.external_traffic_policy, situation);
     let uses_cluster = inside && internal.uses(Pool::Cluster) || outside && external.uses(Pool::Cluster);
     let cluster = if uses_cluster { candidates.cluster(facts) } else { Vec::new() };
-    let hairpin = candidates.hairpin(facts, uses_cluster, &local);
+    // A pod dials the cluster IP on its own node, and may dial the other addresses on any.
+    let keeps_pods =
+        outside && external.from_pod == Action::Forward { pool: Pool::Cluster, masquerade: false };
+    let hairpin = candidates.hairpin(facts, uses_cluster, keeps_pods, &local);
     let serving = if port.protocol == Protocol::Udp { candidates.serving() } else { Vec::new() };
     let mut frontends = Vec::with_capacity(places.len());
     frontends.extend(places.iter().map(|(surface, number)| match surface {

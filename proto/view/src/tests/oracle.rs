@@ -227,7 +227,12 @@ impl<'a> Oracle<'a> {
             local.clear();
         }
         let both: BTreeSet<Target> = cluster.iter().chain(&local).copied().collect();
-        let hairpin = both.into_iter().filter(|target| here(all[target])).collect();
+        let keeps_pods = frontends.iter().any(|it| {
+            let kept = Action::Forward { pool: Pool::Cluster, masquerade: false };
+            !matches!(it.surface, Surface::ClusterIp(_)) && it.from_pod == kept
+        });
+        let met = |target: &Target| here(all[target]) || keeps_pods && cluster.contains(target);
+        let hairpin = both.into_iter().filter(met).collect();
         let serves = |it: &Endpoint| it.conditions.ready || it.conditions.serving;
         let mut serving: Vec<Target> = Vec::new();
         if protocol == Protocol::Udp {
