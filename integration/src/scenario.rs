@@ -201,6 +201,7 @@ pub enum Expect {
 /// Scenarios have nothing in common, so they do not disturb each other, and while one waits for
 /// the nodes another sends packets. The two families of one are never played at the same time:
 /// they have names and node ports in common.
+#[allow(clippy::print_stdout, reason = "the report of a test")]
 pub fn play_all<S: Subject + Send>(cases: &[Case], players: Vec<S>) -> (usize, usize) {
     let turns: BTreeMap<_, _> = cases.iter().map(|case| (case.path.clone(), Mutex::new(()))).collect();
     let next = AtomicUsize::new(0);
