@@ -482,6 +482,28 @@ mod tests {
         }
     }
 
+    #[test]
+    fn scenarios_that_are_played_at_the_same_time_have_nothing_in_common() {
+        let mut owners = BTreeMap::new();
+        for path in files().unwrap() {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let words = text.split(['{', '}', ',', '"', '\n']).map(str::trim);
+            let claims = words.filter(|word| {
+                let kinds = ["cluster-ip-", "via-node", "nodePort: ", "healthCheckNodePort: "];
+                kinds.iter().any(|kind| word.starts_with(kind))
+            });
+            let lines = text.lines().map(str::trim);
+            let objects = lines.filter(|line| line.starts_with("metadata: "));
+            // Up to the name: Services and slices are named differently by all.
+            let names = objects.filter_map(|line| line.split(',').next());
+            for claim in claims.chain(names) {
+                let owner = owners.entry(claim.to_owned()).or_insert_with(|| path.clone());
+                assert_eq!(owner, &path, "{claim} is in both");
+            }
+        }
+        assert!(owners.len() > 100, "{} claims only", owners.len());
+    }
+
     /// The first column of every table of `docs/parity.md`.
     fn matters() -> Vec<String> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/parity.md");
