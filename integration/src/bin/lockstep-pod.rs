@@ -1,5 +1,5 @@
-//! The server in every pod of a lab: answers TCP, UDP and HTTP with its name and the source
-//! address it saw. Usage: `lockstep-pod NAME PORT...`.
+//! The server in every pod and on every node of a lab: answers TCP, UDP and HTTP with its name
+//! and the source address it saw. Usage: `lockstep-pod NAME PORT...`.
 #![forbid(unsafe_code)]
 
 use std::io::{Read as _, Write as _};
