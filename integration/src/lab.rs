@@ -174,6 +174,13 @@ impl Lab {
             // One refusal per second and destination is the kernel's default; tests ask faster.
             ("ipv4/icmp_ratelimit", "0"),
             ("ipv6/icmp/ratelimit", "0"),
+            // A node that is told where it should have sent to would not ask its gateway again.
+            ("ipv4/conf/all/send_redirects", "0"),
+            ("ipv4/conf/default/send_redirects", "0"),
+            ("ipv4/conf/all/accept_redirects", "0"),
+            ("ipv4/conf/default/accept_redirects", "0"),
+            ("ipv6/conf/all/accept_redirects", "0"),
+            ("ipv6/conf/default/accept_redirects", "0"),
         ];
         if matches!(place, Place::Node(_)) {
             settings.push(("ipv4/ip_forward", "1"));
@@ -368,6 +375,16 @@ impl std::str::FromStr for Place {
             },
         };
         parsed.with_context(|| format!("{text:?}: not a place; fabric, outside, node1 or n1p1 are"))
+    }
+}
+
+impl Family {
+    /// The one that it is not.
+    pub fn other(self) -> Self {
+        match self {
+            Family::V4 => Family::V6,
+            Family::V6 => Family::V4,
+        }
     }
 }
 

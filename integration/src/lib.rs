@@ -5,6 +5,7 @@
 //! lab: namespaces, addresses, routes ──> traffic: who answers whom, seeing which source
 //!   │                                                   └─> load: at a steady rate, each judged
 //!   └─> product: control plane and agents inside ──> scenario: manifests, probes, expectations
+//!         └─> product_share: objects of one's own, for several scenarios at the same time
 //! certificates: authorities and what they issue, on disk as Kubernetes mounts a Secret
 //! apiserver: a real Kubernetes API server, for the Kubernetes source
 //!   ├─> objects: manifests as its objects
@@ -29,6 +30,7 @@ pub mod lab;
 pub mod load;
 pub mod objects;
 pub mod product;
+pub mod product_share;
 pub mod random;
 pub mod relay;
 pub mod scenario;

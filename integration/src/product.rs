@@ -18,7 +18,6 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use crate::certificates::{Authority, Secret};
 use crate::lab::{Family, Lab, POD_CIDRS, Place};
-use crate::scenario::{Network, Proxy, Subject};
 use crate::traffic::{OTHER_POD_PORT, POD_PORT};
 
 /// Port of the control plane's gRPC server.
@@ -52,7 +51,7 @@ pub struct Product {
     agents: Vec<Option<Process>>,
     control_plane: Option<Process>,
     _pods: Vec<Process>,
-    modes: Vec<Mode>,
+    pub(crate) modes: Vec<Mode>,
     agent_flags: Vec<String>,
     manifests: PathBuf,
     binaries: PathBuf,
@@ -410,24 +409,6 @@ impl Product {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async { call(endpoint.connect().await?).await })
         })?
-    }
-}
-
-impl Subject for Product {
-    fn make(&mut self, objects: &str) -> Result<()> {
-        let name = "scenario.yaml";
-        if objects.is_empty() && !self.manifests.join(name).exists() {
-            return Ok(());
-        }
-        self.change(|product| match objects {
-            "" => product.remove_manifest(name),
-            _ => product.write_manifest(name, objects),
-        })
-    }
-
-    /// All nodes are taken to be in the mode of the first.
-    fn networks(&self) -> Vec<Network<'_>> {
-        vec![Network { lab: &self.lab, proxy: Proxy::Lockstep, mode: self.modes[0] }]
     }
 }
 

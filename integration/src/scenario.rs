@@ -1,9 +1,11 @@
 //! Scenarios: files that say which objects there are, which packets are sent, and what must
 //! become of them. `scenarios/README.md` has the format.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,11 +13,11 @@ use serde::Deserialize;
 
 use crate::lab::{Family, Lab, Place};
 use crate::product::Mode;
-use crate::traffic::{OTHER_POD_PORT, Outcome, POD_PORT, Transport, probe};
+use crate::traffic::{OTHER_POD_PORT, Outcome, POD_PORT, Transport, probe, probe_with};
 
-/// Connections that look for an endpoint before it counts as missing: with three endpoints the
-/// odds of missing one by chance are 1 in 100,000,000.
-const TRIES: usize = 48;
+/// Connections per endpoint that look for one before it counts as missing: the odds of missing
+/// one by chance are 1 in 100,000,000 with three endpoints, 1 in 2,000,000 with nine.
+const TRIES_EACH: usize = 16;
 /// Connections that look for a client that is sent elsewhere: between two endpoints, the odds
 /// that it meets the same one by chance are 1 in 30,000.
 const STICKS: usize = 16;
@@ -131,6 +133,9 @@ pub struct Probe {
     /// Milliseconds between its connections, for what depends on how long a client was idle.
     #[serde(default)]
     pub pause: u64,
+    /// Bytes that each of its connections carries there and back, beside the question.
+    #[serde(default)]
+    pub bytes: usize,
     /// What must become of them.
     pub expect: Expect,
     /// Where something else must become of them; the first that applies counts.
@@ -188,6 +193,47 @@ pub enum Expect {
     /// No pod answers, whatever else happens: the address is nobody's, and the packet goes where
     /// the routes lead.
     Unanswered,
+}
+
+/// Plays cases, each by whichever of the players is free, and says how each ended, as `cargo
+/// test` does. Returns how many passed and failed.
+///
+/// Scenarios have nothing in common, so they do not disturb each other, and while one waits for
+/// the nodes another sends packets. The two families of one are never played at the same time:
+/// they have names and node ports in common.
+#[allow(clippy::print_stdout, reason = "the report of a test")]
+pub fn play_all<S: Subject + Send>(cases: &[Case], players: Vec<S>) -> (usize, usize) {
+    let turns: BTreeMap<_, _> = cases.iter().map(|case| (case.path.clone(), Mutex::new(()))).collect();
+    let next = AtomicUsize::new(0);
+    let play = |mut player: S| {
+        let (mut passed, mut failed) = (0, 0);
+        while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let turn = turns[&case.path].lock();
+            let scenario = Scenario::read(&case.path, case.family);
+            let result = scenario.and_then(|scenario| scenario.play(&mut player));
+            drop(turn);
+            match result {
+                Ok(()) => {
+                    passed += 1;
+                    println!("test {} ... ok", case.name);
+                }
+                Err(error) => {
+                    failed += 1;
+                    println!("{}: {error:#}\ntest {} ... FAILED", case.name, case.name);
+                }
+            }
+        }
+        (passed, failed)
+    };
+    std::thread::scope(|scope| {
+        let play = &play;
+        let running: Vec<_> = players.into_iter().map(|player| scope.spawn(move || play(player))).collect();
+        let counts = running.into_iter().map(|thread| match thread.join() {
+            Ok(counts) => counts,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        counts.fold((0, 0), |(passed, failed), (good, bad)| (passed + good, failed + bad))
+    })
 }
 
 /// A scenario in one family.
@@ -313,15 +359,17 @@ impl Probe {
             Expect::Answers { by, seeing } => {
                 let wanted = places(by)?;
                 let mut answered = BTreeSet::new();
-                for attempt in 1..=TRIES {
+                let tries = TRIES_EACH * wanted.len();
+                for attempt in 1..=tries {
                     let by = self.one(lab, from, to, &wanted, seeing);
                     answered.insert(by.with_context(|| format!("attempt {attempt}"))?);
-                    if answered == wanted && (attempt >= TRIES_AT_LEAST || self.pause > 0) {
+                    let costly = self.pause > 0 || self.bytes > 0;
+                    if answered == wanted && (attempt >= TRIES_AT_LEAST || costly) {
                         return Ok(());
                     }
                 }
                 let silent: Vec<String> = wanted.difference(&answered).map(Place::to_string).collect();
-                bail!("never answered in {TRIES} connections: {}", silent.join(", "))
+                bail!("never answered in {tries} connections: {}", silent.join(", "))
             }
             Expect::Sticks { by, seeing } => {
                 let wanted = places(by)?;
@@ -346,7 +394,7 @@ impl Probe {
         seeing: &str,
     ) -> Result<Place> {
         let seen: Place = if seeing == "client" { from } else { seeing.parse()? };
-        match probe(lab, from, self.protocol, to)? {
+        match probe_with(lab, from, self.protocol, to, self.bytes)? {
             Outcome::Answered { by, source } if wanted.contains(&by) => {
                 ensure!(seen.owns(source), "{by} saw {source}, which is not an address of {seen}");
                 // Being idle is what is waited for.
@@ -391,6 +439,10 @@ fn with_addresses(text: &str, family: Family) -> Result<String> {
 }
 
 fn value(name: &str, family: Family) -> Result<String> {
+    let (family, name) = match name.strip_prefix("other:") {
+        Some(name) => (family.other(), name),
+        None => (family, name),
+    };
     let four = family == Family::V4;
     let (kind, number) = match name.rsplit_once('-') {
         Some((kind, number)) => (kind, number.parse::<u8>().ok()),
@@ -430,6 +482,28 @@ mod tests {
         }
     }
 
+    #[test]
+    fn scenarios_that_are_played_at_the_same_time_have_nothing_in_common() {
+        let mut owners = BTreeMap::new();
+        for path in files().unwrap() {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let words = text.split(['{', '}', ',', '"', '\n']).map(str::trim);
+            let claims = words.filter(|word| {
+                let kinds = ["cluster-ip-", "via-node", "nodePort: ", "healthCheckNodePort: "];
+                kinds.iter().any(|kind| word.starts_with(kind))
+            });
+            let lines = text.lines().map(str::trim);
+            let objects = lines.filter(|line| line.starts_with("metadata: "));
+            // Up to the name: Services and slices are named differently by all.
+            let names = objects.filter_map(|line| line.split(',').next());
+            for claim in claims.chain(names) {
+                let owner = owners.entry(claim.to_owned()).or_insert_with(|| path.clone());
+                assert_eq!(owner, &path, "{claim} is in both");
+            }
+        }
+        assert!(owners.len() > 100, "{} claims only", owners.len());
+    }
+
     /// The first column of every table of `docs/parity.md`.
     fn matters() -> Vec<String> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/parity.md");
@@ -457,6 +531,7 @@ mod tests {
     #[test]
     fn addresses_are_those_of_the_family() {
         assert_eq!(with_addresses("${n1p2} ${family}", Family::V4).unwrap(), "10.244.1.2 IPv4");
+        assert_eq!(with_addresses("${other:n1p2} ${other:family}", Family::V6).unwrap(), "10.244.1.2 IPv4");
         assert_eq!(with_addresses("[${cluster-ip-7}]", Family::V6).unwrap(), "[fd00:96::7]");
         assert!(with_addresses("${elsewhere}", Family::V4).is_err());
     }

@@ -52,6 +52,20 @@ pub fn probe(lab: &Lab, from: Place, transport: Transport, to: SocketAddr) -> Re
     lab.inside(from, || connect(transport, to))
 }
 
+/// One connection from `from` that carries so many bytes there and back; UDP carries none.
+pub fn probe_with(
+    lab: &Lab,
+    from: Place,
+    transport: Transport,
+    to: SocketAddr,
+    bytes: usize,
+) -> Result<Outcome> {
+    match transport {
+        Transport::Tcp => lab.inside(from, || outcome(ask_tcp(to, PATIENCE, bytes))),
+        Transport::Udp => probe(lab, from, transport, to),
+    }
+}
+
 /// One connection from `from`, given up after `patience`.
 pub fn probe_within(
     lab: &Lab,
@@ -70,9 +84,13 @@ pub(crate) fn connect(transport: Transport, to: SocketAddr) -> Outcome {
 
 fn connect_within(transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
     let answer = match transport {
-        Transport::Tcp => ask_tcp(to, patience),
+        Transport::Tcp => ask_tcp(to, patience, 0),
         Transport::Udp => ask_udp(to, patience),
     };
+    outcome(answer)
+}
+
+fn outcome(answer: std::io::Result<String>) -> Outcome {
     match answer {
         Ok(text) => read_answer(&text).unwrap_or_else(|| Outcome::Broken(format!("answer {text:?}"))),
         Err(error) => match error.kind() {
@@ -83,13 +101,25 @@ fn connect_within(transport: Transport, to: SocketAddr, patience: Duration) -> O
     }
 }
 
-fn ask_tcp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
+/// The question says how many bytes follow it; the answer is followed by the same.
+fn ask_tcp(to: SocketAddr, patience: Duration, bytes: usize) -> std::io::Result<String> {
+    // Before the connection: the server does not wait long for a question.
+    let load: Vec<u8> = (0..bytes).map(|position| position.to_le_bytes()[1]).collect();
     let mut stream = TcpStream::connect_timeout(&to, patience)?;
     stream.set_read_timeout(Some(patience))?;
-    stream.write_all(b"?")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
+    stream.set_write_timeout(Some(patience))?;
+    if bytes == 0 {
+        stream.write_all(b"?")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        return Ok(answer);
+    }
+    stream.write_all(format!("?{bytes}\n").as_bytes())?;
+    stream.write_all(&load)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let text = answer.strip_suffix(load.as_slice()).map(String::from_utf8_lossy);
+    Ok(text.map_or_else(|| format!("{} other bytes for {bytes}", answer.len()), |text| text.into_owned()))
 }
 
 fn ask_udp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {

@@ -33,13 +33,16 @@ const FRESH: usize = 2;
 #[test]
 fn packets_go_where_a_plain_reading_of_the_plan_says() -> Result<()> {
     let seeds = seeds()?;
-    let mut ours = ours()?;
+    let ours = ours()?;
     let theirs = KubeProxyCluster::start(NODES, PODS, "")?;
+    let mut shares: Vec<_> = ours.iter().flat_map(|product| product.shares(1)).collect();
+    let mut subjects: Vec<&mut dyn Subject> = shares.iter_mut().map(|it| it as &mut dyn Subject).collect();
     let mut theirs = theirs.share(1)?;
+    subjects.push(&mut theirs);
     let mut faults = Vec::new();
     for seed in seeds {
         println!("seed {seed}: LOCKSTEP_SEEDS={seed} plays it again");
-        let found = play(seed, &mut ours, &mut theirs).with_context(|| format!("seed {seed}"))?;
+        let found = play(seed, &ours[0], &mut subjects).with_context(|| format!("seed {seed}"))?;
         faults.extend(found.into_iter().map(|fault| format!("seed {seed}: {fault}")));
     }
     let shown: Vec<&str> = faults.iter().take(60).map(String::as_str).collect();
@@ -49,19 +52,17 @@ fn packets_go_where_a_plain_reading_of_the_plan_says() -> Result<()> {
 
 /// Two clusters after one another: the second is what the first becomes, so that changes of
 /// every kind are programmed, too.
-fn play(seed: u64, ours: &mut [Product], theirs: &mut dyn Subject) -> Result<Vec<String>> {
+fn play(seed: u64, product: &Product, subjects: &mut [&mut dyn Subject]) -> Result<Vec<String>> {
     let mut rng = Rng::with_seed(seed);
     let mut faults = Vec::new();
     for step in ["first", "then"] {
-        let cluster = objects::generate(&mut rng, &ours[0].lab);
-        for subject in ours.iter_mut() {
+        let cluster = objects::generate(&mut rng, &product.lab);
+        for subject in subjects.iter_mut() {
             subject.make(&cluster.manifests)?;
         }
-        theirs.make(&cluster.manifests)?;
-        let plans = Plans::of(&ours[0])?;
-        let probes = probes::generate(&mut rng, &ours[0].lab, &plans, &cluster.doors, PROBES)?;
-        let mut networks: Vec<Network<'_>> = ours.iter().flat_map(Subject::networks).collect();
-        networks.extend(theirs.networks());
+        let plans = Plans::of(product)?;
+        let probes = probes::generate(&mut rng, &product.lab, &plans, &cluster.doors, PROBES)?;
+        let networks: Vec<Network<'_>> = subjects.iter().flat_map(|subject| subject.networks()).collect();
         let found = probes::send(&networks, &probes);
         println!("  {step}: {} probes in {} networks, {} faults", probes.len(), networks.len(), found.len());
         faults.extend(found.into_iter().map(|fault| format!("{step}: {fault}")));

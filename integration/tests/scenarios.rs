@@ -11,7 +11,10 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use lockstep_integration::lab::Lab;
 use lockstep_integration::product::{Mode, Product};
-use lockstep_integration::scenario::{ALWAYS, Scenario, cases};
+use lockstep_integration::scenario::{ALWAYS, cases, play_all};
+
+/// Scenarios that are played at the same time, in each mode.
+const AT_ONCE: usize = 3;
 
 fn main() -> ExitCode {
     let filters: Vec<String> =
@@ -48,25 +51,11 @@ fn play(mode: Mode, filters: &[String]) -> (usize, usize) {
         Ok(cases) => cases,
         Err(error) => return failed_to_start(mode, &error),
     };
-    let mut product = match start(mode) {
+    let product = match start(mode) {
         Ok(product) => product,
         Err(error) => return failed_to_start(mode, &error),
     };
-    let (mut passed, mut failed) = (0, 0);
-    for case in cases {
-        match Scenario::read(&case.path, case.family).and_then(|scenario| scenario.play(&mut product)) {
-            Ok(()) => {
-                passed += 1;
-                println!("test {} ... ok", case.name);
-            }
-            Err(error) => {
-                failed += 1;
-                println!("{}: {error:#}", case.name);
-                println!("test {} ... FAILED", case.name);
-            }
-        }
-    }
-    (passed, failed)
+    play_all(&cases, product.shares(AT_ONCE))
 }
 
 fn failed_to_start(mode: Mode, error: &anyhow::Error) -> (usize, usize) {

@@ -1,5 +1,6 @@
-//! The server in every pod of a lab: answers TCP, UDP and HTTP with its name and the source
-//! address it saw; a TCP client that says "stay" is answered once a line until it leaves. Usage: `lockstep-pod NAME PORT...`.
+//! The server in every pod and on every node of a lab: answers TCP, UDP and HTTP with its name
+//! and the source address it saw; a TCP client that says "stay" is answered once a line until it
+//! leaves. Usage: `lockstep-pod NAME PORT...`.
 #![forbid(unsafe_code)]
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -51,10 +52,18 @@ fn answer_udp(name: &str, socket: &UdpSocket) {
     }
 }
 
+/// `?BYTES` in a line means that so many follow; returns how many, and those that are here.
+fn load(request: &[u8]) -> Option<(usize, &[u8])> {
+    let end = request.iter().position(|byte| *byte == b'\n')?;
+    let bytes: usize = std::str::from_utf8(request[..end].strip_prefix(b"?")?).ok()?.parse().ok()?;
+    let begin = &request[end + 1..];
+    (bytes >= begin.len()).then_some((bytes, begin))
+}
+
 fn serve(name: &str, mut stream: TcpStream) -> std::io::Result<()> {
     let text = answer(name, stream.peer_addr()?);
-    // Who says nothing is answered all the same.
-    stream.set_read_timeout(Some(Duration::from_millis(200)))?;
+    // Who says nothing is answered all the same; who says something may be slow, where much runs.
+    stream.set_read_timeout(Some(Duration::from_secs(1)))?;
     let mut request = [0; 4096];
     let length = stream.read(&mut request).unwrap_or(0);
     if request[..length].starts_with(STAY) {
@@ -65,6 +74,14 @@ fn serve(name: &str, mut stream: TcpStream) -> std::io::Result<()> {
             stream.write_all(text.as_bytes())?;
         }
         return Ok(());
+    }
+    if let Some((bytes, begin)) = load(&request[..length]) {
+        // All of it is taken before any of it goes back: two sides that only write wait forever.
+        let mut load = begin.to_vec();
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        (&stream).take((bytes - begin.len()) as u64).read_to_end(&mut load)?;
+        stream.write_all(text.as_bytes())?;
+        return stream.write_all(&load);
     }
     if request[..length].starts_with(b"GET ") {
         let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n";

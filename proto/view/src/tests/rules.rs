@@ -119,6 +119,20 @@ fn hairpin_holds_the_targets_that_may_be_on_this_node() {
 }
 
 #[test]
+fn hairpin_holds_targets_elsewhere_where_their_pods_may_ask_this_node_and_keep_their_source() {
+    let mut cluster = Cluster::new(config());
+    let mut web = service("a/web", &["172.30.0.1"]);
+    web.ports[0].node_port = Some(number(30080));
+    let endpoints = vec![endpoint("10.1.0.1", "n1", READY), endpoint("10.1.0.2", "n2", READY)];
+    cluster.put(web.clone());
+    cluster.put(slice(&web, "s1", endpoints));
+    assert_eq!(texts(&only_port(&cluster.plan(&web)).hairpin), ["10.1.0.1:8080"]);
+    web.external_traffic_policy = TrafficPolicy::Local;
+    cluster.put(web.clone());
+    assert_eq!(texts(&only_port(&cluster.plan(&web)).hairpin), ["10.1.0.1:8080", "10.1.0.2:8080"]);
+}
+
+#[test]
 fn a_pool_is_there_only_where_a_frontend_uses_it() {
     let mut cluster = Cluster::new(config());
     let mut web = service("a/web", &["172.30.0.1"]);
