@@ -10,17 +10,27 @@ use lockstep_backend_iptables::Flavour;
 use lockstep_integration::bench::memory::Stages;
 use lockstep_integration::bench::node::Times;
 use lockstep_integration::bench::report::{Report, text};
-use lockstep_integration::bench::{brain, drift, iptables, median, memory, node, ratio};
+use lockstep_integration::bench::{brain, drift, iptables, kube_proxy, median, memory, node, ratio};
 
 const USAGE: &str = "usage: lockstep-bench [PART...]   (all where none is named; needs root)
-parts: node, iptables, control-plane, memory, drift";
+parts: node, iptables, control-plane, memory, drift
+       lockstep-bench kube-proxy [--services N,...] [--mode MODE,...] [--changes N]
+needs the real programs: `cargo xtask bench kube-proxy` builds them";
 const PARTS: [&str; 5] = ["node", "iptables", "control-plane", "memory", "drift"];
 /// Sizes over which a time must not grow.
 const SIZES: [u32; 3] = [1_000, 10_000, 30_000];
 
 fn main() -> Result<ExitCode> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(other) = wanted.iter().find(|it| !PARTS.contains(&it.as_str())) {
+    let beside_kube_proxy = match wanted.split_first() {
+        Some((part, options)) if part == "kube-proxy" => {
+            Some(kube_proxy::Options::read(options).with_context(|| USAGE)?)
+        }
+        _ => None,
+    };
+    if beside_kube_proxy.is_none()
+        && let Some(other) = wanted.iter().find(|it| !PARTS.contains(&it.as_str()))
+    {
         bail!("{other}: unknown part\n{USAGE}");
     }
     let wants = |part: &str| wanted.is_empty() || wanted.iter().any(|it| it == part);
@@ -45,6 +55,9 @@ fn main() -> Result<ExitCode> {
         if wants("drift") {
             in_drift(&mut report, &binaries);
         }
+    }
+    if let Some(options) = beside_kube_proxy {
+        kube_proxy::run(&mut report, &options)?;
     }
     let mut out = std::io::stdout().lock();
     write!(out, "{}", report.table())?;
