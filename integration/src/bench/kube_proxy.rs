@@ -119,7 +119,8 @@ pub fn run(report: &mut Report, options: &Options) -> Result<()> {
                 }
             }
         }
-        if options.modes.contains(&Mode::Nftables) {
+        // Once is enough to see what the period does.
+        if options.modes.contains(&Mode::Nftables) && Some(services) == options.services.first() {
             let prompt = bench.prompt(Mode::Nftables, options.changes.div_ceil(ROUNDS))?;
             goals::prompt(report, *services, &prompt);
         }
