@@ -25,6 +25,7 @@ use self::objects::Objects;
 use self::stage::{Settings, Stage};
 use super::report::Report;
 use crate::apiserver::ApiServer;
+use crate::lab::Place;
 use crate::product::Mode;
 
 /// Changes whose CPU is counted, and how far apart they are.
@@ -39,8 +40,6 @@ const REST: Duration = Duration::from_millis(1_200);
 /// Connections of one address in a row, and how often each proxy has its turn.
 const CONNECTIONS: usize = 100;
 const TURNS: usize = 40;
-/// Cold starts of each.
-const ROUNDS: u32 = 3;
 
 /// What to measure.
 #[derive(Debug)]
@@ -48,6 +47,7 @@ pub struct Options {
     services: Vec<u32>,
     modes: Vec<Mode>,
     changes: u32,
+    rounds: u32,
 }
 
 /// What one proxy did.
@@ -77,19 +77,24 @@ struct Duel {
 impl Options {
     /// Reads the command line.
     pub fn read(arguments: &[String]) -> Result<Self> {
-        let mut this =
-            Self { services: vec![1_000], modes: vec![Mode::Nftables, Mode::IptablesLegacy], changes: 100 };
+        let mut this = Self {
+            services: vec![1_000],
+            modes: vec![Mode::Nftables, Mode::IptablesLegacy],
+            changes: 100,
+            rounds: 3,
+        };
         for pair in arguments.chunks(2) {
             let [option, value] = pair else { bail!("{}: has no value", pair[0]) };
             let number = |text: &str| text.parse::<u32>().with_context(|| format!("{option} {text}"));
             match option.as_str() {
                 "--services" => this.services = value.split(',').map(number).collect::<Result<_>>()?,
                 "--changes" => this.changes = number(value)?,
+                "--rounds" => this.rounds = number(value)?.max(1),
                 "--mode" => this.modes = value.split(',').map(mode).collect::<Result<_>>()?,
                 _ => bail!("{option}: unknown option"),
             }
         }
-        ensure!(this.changes >= ROUNDS, "--changes {}: at least {ROUNDS}", this.changes);
+        ensure!(this.changes >= this.rounds, "--changes {}: at least one per round", this.changes);
         // Ten Services answer, and the CPU is that of changes of as many Services as can be.
         ensure!(this.services.iter().all(|services| *services >= 100), "--services: at least 100");
         Ok(this)
@@ -111,7 +116,7 @@ pub fn run(report: &mut Report, options: &Options) -> Result<()> {
         note(&format!("{services} Services created in {:.1} s", start.elapsed().as_secs_f64()));
         let mut bench = Bench { runtime: &runtime, server: &server, objects };
         for mode in &options.modes {
-            let duel = bench.duel(*mode, *services, options.changes);
+            let duel = bench.duel(*mode, *services, options);
             match duel.with_context(|| format!("{}, {services} x 10", mode.name())) {
                 Ok(duel) => goals::judge(report, &duel),
                 Err(error) => {
@@ -121,7 +126,7 @@ pub fn run(report: &mut Report, options: &Options) -> Result<()> {
         }
         // Once is enough to see what the period does.
         if options.modes.contains(&Mode::Nftables) && Some(services) == options.services.first() {
-            let prompt = bench.prompt(Mode::Nftables, options.changes.div_ceil(ROUNDS))?;
+            let prompt = bench.prompt(Mode::Nftables, options.changes.div_ceil(options.rounds))?;
             goals::prompt(report, *services, &prompt);
         }
     }
@@ -142,17 +147,22 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn duel(&mut self, mode: Mode, services: u32, changes: u32) -> Result<Duel> {
+    fn duel(&mut self, mode: Mode, services: u32, options: &Options) -> Result<Duel> {
         let mut duel = Duel { services, mode, kube_proxy: Times::default(), lockstep: Times::default() };
-        for round in 0..ROUNDS {
-            let changes = changes / ROUNDS + u32::from(round < changes % ROUNDS);
+        let rounds = options.rounds;
+        for round in 0..rounds {
+            let changes = options.changes / rounds + u32::from(round < options.changes % rounds);
             let counted = round == 0;
             let theirs = self.kube_proxy(mode, Settings::Usual, changes, counted, &mut duel.kube_proxy)?;
             let ours = self.lockstep(mode, changes, counted, &mut duel.lockstep)?;
-            if round + 1 == ROUNDS {
+            if round + 1 == rounds {
                 self.connects(&theirs, &mut duel.kube_proxy, &ours, &mut duel.lockstep)?;
             }
-            note(&format!("{} {services} x 10: round {} of {ROUNDS} done", mode.name(), round + 1));
+            note(&format!("{} {services} x 10: round {} of {rounds} done", mode.name(), round + 1));
+            for (who, times) in [("kube-proxy", &duel.kube_proxy), ("Lockstep", &duel.lockstep)] {
+                let Times { cold, beside, change, cpu, peaks, .. } = times;
+                note(&format!("{who}: {cold:.1?} {beside:.1?}, {change:.1?}, {cpu:.1?}, {peaks:.1?}"));
+            }
         }
         Ok(duel)
     }
@@ -241,12 +251,21 @@ impl Bench<'_> {
         ours: &Stage,
         lockstep: &mut Times,
     ) -> Result<()> {
+        // Before there were rules, the client asked in vain, and the kernel would know these
+        // connections for two minutes: another from the same port would go the same way.
+        for stage in [theirs, ours] {
+            stage.lab().tool(Place::Node(1), &["conntrack", "--flush"])?;
+        }
         let answering = self.objects.answering();
         let ends = [answering[0], answering[answering.len() - 1]];
         for _ in 0..TURNS {
             for (at, address) in ends.into_iter().enumerate() {
-                for (stage, times) in [(theirs, &mut *kube_proxy), (ours, &mut *lockstep)] {
-                    times.connects[at].extend(outside::connects(stage.lab(), address, CONNECTIONS)?);
+                for (who, stage, times) in
+                    [("kube-proxy", theirs, &mut *kube_proxy), ("Lockstep", ours, &mut *lockstep)]
+                {
+                    let connected = outside::connects(stage.lab(), address, CONNECTIONS);
+                    let connected = connected.with_context(|| outside::pods(stage.lab()));
+                    times.connects[at].extend(connected.with_context(|| format!("by the rules of {who}"))?);
                 }
             }
         }

@@ -14,7 +14,7 @@ use lockstep_integration::bench::{brain, drift, iptables, kube_proxy, median, me
 
 const USAGE: &str = "usage: lockstep-bench [PART...]   (all where none is named; needs root)
 parts: node, iptables, control-plane, memory, drift
-       lockstep-bench kube-proxy [--services N,...] [--mode MODE,...] [--changes N]
+       lockstep-bench kube-proxy [--services N,...] [--mode MODE,...] [--changes N] [--rounds N]
 needs the real programs: `cargo xtask bench kube-proxy` builds them";
 const PARTS: [&str; 5] = ["node", "iptables", "control-plane", "memory", "drift"];
 const AUTOGROUP: &str = "/proc/self/autogroup";

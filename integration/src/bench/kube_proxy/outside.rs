@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::lab::{Lab, Place};
-use crate::traffic::{self, Outcome, Transport};
+use crate::lab::{Family, Lab, Place};
+use crate::traffic::{self, Outcome, POD_PORT, Transport};
 
 /// A pod that is no endpoint, so that it never talks to itself.
 pub(super) const CLIENT: Place = Place::Pod(1, super::objects::ENDPOINTS + 1);
@@ -63,4 +63,16 @@ pub(super) fn connects(lab: &Lab, address: SocketAddr, count: usize) -> Result<V
             })
             .collect()
     })?
+}
+
+/// What every pod says to who asks it directly, for whoever reads a failure.
+pub(super) fn pods(lab: &Lab) -> String {
+    let ask = |pod: Place| {
+        let address = SocketAddr::new(pod.address(Family::V4), POD_PORT);
+        match traffic::probe(lab, CLIENT, Transport::Tcp, address) {
+            Ok(outcome) => format!("{pod} {outcome}"),
+            Err(error) => format!("{pod} {error:#}"),
+        }
+    };
+    lab.pods().map(ask).collect::<Vec<_>>().join("; ")
 }
