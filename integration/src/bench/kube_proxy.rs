@@ -126,8 +126,10 @@ pub fn run(report: &mut Report, options: &Options) -> Result<()> {
         }
         // Once is enough to see what the period does.
         if options.modes.contains(&Mode::Nftables) && Some(services) == options.services.first() {
-            let prompt = bench.prompt(Mode::Nftables, options.changes.div_ceil(options.rounds))?;
-            goals::prompt(report, *services, &prompt);
+            match bench.prompt(Mode::Nftables, options.changes.div_ceil(options.rounds)) {
+                Ok(prompt) => goals::prompt(report, *services, &prompt),
+                Err(error) => report.missed("kube-proxy with a shorter period", format!("{error:#}")),
+            }
         }
     }
     Ok(())
