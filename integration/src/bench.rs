@@ -10,6 +10,7 @@
 //! A time in milliseconds says more of the machine than of the program, so what counts is how
 //! many times longer Lockstep takes than a program that does nothing but write the same kernel
 //! objects with one batch. Repetitions of both alternate, so that a slow moment meets both.
+//! [`kube_proxy`] compares the real programs with the real kube-proxy, in the same way.
 //! In iptables mode the limit is the tool itself: what counts is the part of the time in which
 //! none runs.
 
@@ -17,6 +18,7 @@ pub mod brain;
 pub mod cluster;
 pub mod drift;
 pub mod iptables;
+pub mod kube_proxy;
 pub mod memory;
 pub mod node;
 pub mod programs;

@@ -4,9 +4,12 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result};
+use lockstep_kernel::netns;
 use serde_json::Value;
 
 use crate::apiserver::ApiServer;
@@ -15,29 +18,47 @@ use crate::lab::{Family, Lab, Place};
 /// Port of the relay in its place.
 const PORT: u16 = 6443;
 
-/// An open relay. Its thread ends with the process: a test has one per lab.
+/// An open relay, closed with the value. Connections last until one of their ends is gone.
 #[derive(Debug)]
 pub struct Relay {
     kubeconfig: PathBuf,
+    namespace: String,
+    closed: Arc<AtomicBool>,
 }
 
 impl Relay {
     /// Listens in the fabric, where every node reaches it, and carries every connection to the
     /// API server. The bytes are TLS from end to end: nothing is looked at.
     pub fn open(lab: &Lab, server: &ApiServer) -> Result<Self> {
-        let address = SocketAddr::new(Place::Fabric.address(Family::V4), PORT);
-        let listener = lab.inside(Place::Fabric, || TcpListener::bind(address))??;
+        let listener = lab.inside(Place::Fabric, || TcpListener::bind(address()))??;
         let target = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), server.port());
-        thread::Builder::new().name("relay".to_owned()).spawn(move || accept(&listener, target))?;
         let kubeconfig = lab.directory().join("kubeconfig");
-        fs::write(&kubeconfig, through(&server.kubeconfig(), address)?)?;
-        Ok(Self { kubeconfig })
+        fs::write(&kubeconfig, through(&server.kubeconfig(), address())?)?;
+        let closed = Arc::new(AtomicBool::new(false));
+        let relay = Self { kubeconfig, namespace: lab.namespace(Place::Fabric), closed: closed.clone() };
+        let accepting = move || accept(&listener, target, &closed);
+        thread::Builder::new().name("relay".to_owned()).spawn(accepting)?;
+        Ok(relay)
     }
 
     /// A kubeconfig for programs in the lab.
     pub fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
     }
+}
+
+impl Drop for Relay {
+    /// A thread that waits for connections would keep the namespace of its socket, and all links
+    /// in it, until the process ends.
+    fn drop(&mut self) {
+        self.closed.store(true, Ordering::Release);
+        // Wakes the thread up. Where the lab is gone already, nobody connects any more.
+        let _ = netns::run_in(&self.namespace, || TcpStream::connect(address()));
+    }
+}
+
+fn address() -> SocketAddr {
+    SocketAddr::new(Place::Fabric.address(Family::V4), PORT)
 }
 
 /// The kubeconfig with another address; the name that the certificate has stays.
@@ -50,8 +71,11 @@ fn through(kubeconfig: &Path, address: SocketAddr) -> Result<String> {
     Ok(config.to_string())
 }
 
-fn accept(listener: &TcpListener, target: SocketAddr) {
+fn accept(listener: &TcpListener, target: SocketAddr, closed: &AtomicBool) {
     for client in listener.incoming().flatten() {
+        if closed.load(Ordering::Acquire) {
+            return;
+        }
         // A server that is away refuses here, and the client sees its connection end.
         let Ok(server) = TcpStream::connect(target) else { continue };
         let _ = client.set_nodelay(true).and_then(|()| server.set_nodelay(true));

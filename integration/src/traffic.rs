@@ -82,7 +82,7 @@ pub(crate) fn connect(transport: Transport, to: SocketAddr) -> Outcome {
     connect_within(transport, to, PATIENCE)
 }
 
-fn connect_within(transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
+pub(crate) fn connect_within(transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
     let answer = match transport {
         Transport::Tcp => ask_tcp(to, patience, 0),
         Transport::Udp => ask_udp(to, patience),

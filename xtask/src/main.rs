@@ -110,7 +110,14 @@ fn run_demo(arguments: &[String], tools: &Path) -> Result<(), Failure> {
 
 fn bench(arguments: &[String]) -> Result<(), Failure> {
     setup::packages()?;
+    // One part alone runs against other programs than Lockstep's own.
+    let others: &[&str] = match arguments.first() {
+        Some(part) if part == "kube-proxy" => &["etcd", "kube-apiserver", "kube-proxy"],
+        _ => &[],
+    };
+    let peers = setup::peers(others)?;
     process::run(cargo().args(["build", "--release", "--workspace", "--bins"]).current_dir(root()))?;
     // Not by `cargo run`: of one crate alone it would make another copy of every dependency.
-    process::run(Command::new(build::optimised("lockstep-bench")).args(arguments).current_dir(root()))
+    let mut bench = Command::new(build::optimised("lockstep-bench"));
+    process::run(bench.args(arguments).env("LOCKSTEP_PEERS_DIR", peers).current_dir(root()))
 }

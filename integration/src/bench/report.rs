@@ -26,9 +26,24 @@ impl Report {
         self.0.push(Row {
             work: work.into(),
             measured: format!("{value:.2}{unit}{detail}"),
-            limit: format!("{limit}{unit}"),
+            limit: format!("at most {limit}{unit}"),
             holds: value <= limit,
         });
+    }
+
+    /// A value with a lower limit.
+    pub fn at_least(&mut self, work: impl Into<String>, value: f64, limit: f64, unit: &str, detail: &str) {
+        self.0.push(Row {
+            work: work.into(),
+            measured: format!("{value:.2}{unit}{detail}"),
+            limit: format!("at least {limit}{unit}"),
+            holds: value >= limit,
+        });
+    }
+
+    /// A value that nothing is asked of.
+    pub fn shown(&mut self, work: impl Into<String>, measured: String) {
+        self.0.push(Row { work: work.into(), measured, limit: "none".to_owned(), holds: true });
     }
 
     /// Something that could not be measured counts as missed.
@@ -43,7 +58,7 @@ impl Report {
 
     /// As a Markdown table.
     pub fn table(&self) -> String {
-        let mut out = String::from("| work | measured | at most | |\n|---|---|---|---|\n");
+        let mut out = String::from("| work | measured | limit | |\n|---|---|---|---|\n");
         for row in &self.0 {
             let verdict = if row.holds { "PASS" } else { "**FAIL**" };
             let _ = writeln!(out, "| {} | {} | {} | {verdict} |", row.work, row.measured, row.limit);
