@@ -33,6 +33,7 @@ pub struct KubeProxyCluster {
 struct ProxyNetwork {
     mode: Mode,
     proxies: Vec<Process>,
+    _relay: Relay,
     _pods: Vec<Process>,
     lab: Lab,
 }
@@ -117,7 +118,7 @@ impl ProxyNetwork {
         let relay = Relay::open(&lab, server)?;
         let start = |node| kube_proxy::start_prompt(&lab, node, mode, relay.kubeconfig());
         let proxies = (1..=lab.nodes()).map(start).collect::<Result<_>>()?;
-        Ok(Self { mode, proxies, _pods: pods, lab })
+        Ok(Self { mode, proxies, _relay: relay, _pods: pods, lab })
     }
 
     fn logs(&self) -> String {

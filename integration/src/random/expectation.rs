@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use lockstep_model::{Interner, NodeContext, Port, Protocol, ServiceKey, State};
-use lockstep_view::trace::{Packet, Trace, Verdict};
+use lockstep_view::trace::{Masquerade, Packet, Trace, Verdict};
 use lockstep_view::{Action, DetectLocal, ForwardingPlan, Surface, View, ViewConfig};
 use lockstep_wire::convert;
 use lockstep_wire::v1;
@@ -36,8 +36,9 @@ pub enum Expected {
         by: BTreeMap<Place, Place>,
         /// A client keeps to one of them.
         affinity: bool,
-        /// One of them is the client itself, and no slice says on which node it is.
-        client_without_node: bool,
+        /// One of them is the client itself, in a way that kube-proxy's nftables mode does not
+        /// masquerade: by another node, or no slice says on which node it is.
+        hairpin_lost_upstream: bool,
     },
     /// ICMP error or reset.
     Refused(Circumstances),
@@ -156,8 +157,10 @@ impl Plans {
                     by.insert(pod, seen);
                 }
                 let affinity = matched.port.affinity_seconds.is_some();
-                let client_without_node = by.contains_key(&from) && self.without_node(matched.key(), from);
-                Ok(Expected::Answers { by, affinity, client_without_node })
+                let meets_itself = trace.answers.iter().any(|it| it.masquerade == Some(Masquerade::Hairpin));
+                let hairpin_lost_upstream =
+                    meets_itself && (detour || self.without_node(matched.key(), from));
+                Ok(Expected::Answers { by, affinity, hairpin_lost_upstream })
             }
         }
     }

@@ -93,8 +93,9 @@ fn differs(network: &Network<'_>, expected: &Expected) -> Option<Wanted> {
     }
     let nftables = network.mode == Mode::Nftables;
     match expected {
-        // "a pod reaches itself, and its slice does not say on which node it is"
-        Expected::Answers { client_without_node: true, .. } if nftables => Some(Wanted::Anything),
+        // "a pod reaches itself, and its slice does not say on which node it is", "a pod reaches itself
+        // through another node's node port, external policy Local"
+        Expected::Answers { hairpin_lost_upstream: true, .. } if nftables => Some(Wanted::Anything),
         _ if nftables => None,
         // "the node dials an external or load-balancer address of a Service without endpoints"
         Expected::Refused(Circumstances { from_node: true, external_address: true, .. }) => {
