@@ -1,26 +1,82 @@
 //! What a set of the kernel holds, as far as it has to be held here too.
 
 use std::hash::BuildHasher;
+use std::net::IpAddr;
 
 use hashbrown::HashTable;
-use rustc_hash::FxBuildHasher;
+use lockstep_view::Target;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
+use crate::names::SharedChain;
 use crate::sets::{Datum, Key};
 
 /// The elements of one set, by key. They are a process's largest piece of memory while it takes
 /// over a hundred thousand of them, so a key takes as many bytes as it has, not as many as the
-/// longest could have.
+/// longest could have, and a chain is kept once.
 #[derive(Debug, Default)]
 pub(crate) struct Elements {
     /// One after the other. All keys of a set are equally long.
     keys: Vec<u8>,
     /// As many as keys, in the same order.
-    data: Vec<Datum>,
+    data: Vec<Held>,
+    chains: Chains,
     /// Positions of those that were not taken out.
     positions: HashTable<u32>,
     key_length: usize,
     /// How many have a key of another length, so that they are none of ours.
     strange: usize,
+}
+
+/// A datum. The description of a chain is by far the largest, and many elements have the same.
+#[derive(Debug, Clone, Copy)]
+enum Held {
+    Present,
+    UpTo(IpAddr),
+    Target(Target),
+    Serial(u32),
+    Goto(ChainNumber),
+    Drop,
+    Foreign,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct ChainNumber(u32);
+
+/// The chains that elements lead to.
+#[derive(Debug, Default)]
+struct Chains {
+    all: Vec<SharedChain>,
+    numbers: FxHashMap<SharedChain, ChainNumber>,
+}
+
+impl Chains {
+    fn pack(&mut self, datum: Datum) -> Held {
+        match datum {
+            Datum::Present => Held::Present,
+            Datum::UpTo(last) => Held::UpTo(last),
+            Datum::Target(target) => Held::Target(target),
+            Datum::Serial(serial) => Held::Serial(serial),
+            Datum::Goto(chain) => Held::Goto(*self.numbers.entry(chain).or_insert_with(|| {
+                self.all.push(chain);
+                // One per element at most, and those are counted in 32 bits.
+                ChainNumber(u32::try_from(self.all.len() - 1).unwrap_or(u32::MAX))
+            })),
+            Datum::Drop => Held::Drop,
+            Datum::Foreign => Held::Foreign,
+        }
+    }
+
+    fn unpack(&self, held: Held) -> Datum {
+        match held {
+            Held::Present => Datum::Present,
+            Held::UpTo(last) => Datum::UpTo(last),
+            Held::Target(target) => Datum::Target(target),
+            Held::Serial(serial) => Datum::Serial(serial),
+            Held::Goto(ChainNumber(number)) => Datum::Goto(self.all[number as usize]),
+            Held::Drop => Datum::Drop,
+            Held::Foreign => Datum::Foreign,
+        }
+    }
 }
 
 fn hash(key: &[u8]) -> u64 {
@@ -50,7 +106,8 @@ impl Elements {
             return;
         }
         let hash = hash(key);
-        let Self { keys, data, positions, key_length, .. } = self;
+        let Self { keys, data, chains, positions, key_length, .. } = self;
+        let datum = chains.pack(datum);
         let at = |position: u32| at(keys, *key_length, position);
         if let Some(position) = positions.find(hash, |position| at(*position) == key) {
             data[*position as usize] = datum;
@@ -67,23 +124,23 @@ impl Elements {
         let key = key.bytes();
         let position =
             self.positions.find(hash(key), |position| at(&self.keys, self.key_length, *position) == key)?;
-        self.data.get(*position as usize).copied()
+        Some(self.chains.unpack(self.data[*position as usize]))
     }
 
     /// Takes an element out.
     pub(crate) fn remove(&mut self, key: &Key) -> Option<Datum> {
         let key = key.bytes();
-        let Self { keys, data, positions, key_length, .. } = self;
+        let Self { keys, data, chains, positions, key_length, .. } = self;
         let found = positions.find_entry(hash(key), |position| at(keys, *key_length, *position) == key);
         let (position, _) = found.ok()?.remove();
-        data.get(position as usize).copied()
+        Some(chains.unpack(data[position as usize]))
     }
 
     /// Those that were not taken out, in no order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Key, Datum)> {
         self.positions.iter().filter_map(|position| {
             let key = Key::read(at(&self.keys, self.key_length, *position))?;
-            Some((key, self.data[*position as usize]))
+            Some((key, self.chains.unpack(self.data[*position as usize])))
         })
     }
 }
@@ -97,9 +154,34 @@ fn at(keys: &[u8], length: usize, position: u32) -> &[u8] {
 mod tests {
     use std::collections::BTreeMap;
 
+    use lockstep_model::Port;
+    use lockstep_view::Pool;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::names::{Choice, Via};
+
+    /// One of every kind.
+    fn datum(number: u32) -> Datum {
+        let address = IpAddr::from(number.to_be_bytes());
+        match number % 7 {
+            0 => Datum::Present,
+            1 => Datum::UpTo(address),
+            2 => Datum::Target(Target { address, port: Port::MIN }),
+            3 => Datum::Serial(number),
+            4 => Datum::Goto(SharedChain::Targets {
+                via: Via::Address,
+                choice: Choice { pool: Pool::Cluster, count: number % 5, affinity: None },
+            }),
+            5 => Datum::Drop,
+            _ => Datum::Foreign,
+        }
+    }
+
+    #[test]
+    fn an_endpoint_takes_less_than_half_of_what_describes_a_chain() {
+        assert!(2 * size_of::<Held>() < size_of::<Datum>(), "{}", size_of::<Held>());
+    }
 
     proptest! {
         /// Whatever is done to it, it holds what a map would.
@@ -110,9 +192,10 @@ mod tests {
             let mut map = BTreeMap::new();
             for (n, step) in steps {
                 match step {
-                    Some(serial) => {
-                        elements.insert(&key(n), Datum::Serial(serial));
-                        map.insert(key(n), Datum::Serial(serial));
+                    Some(number) => {
+                        let datum = datum(number);
+                        elements.insert(&key(n), datum);
+                        map.insert(key(n), datum);
                     }
                     None => prop_assert_eq!(elements.remove(&key(n)), map.remove(&key(n))),
                 }
