@@ -23,7 +23,8 @@ pub(crate) struct Elements {
     /// Positions of those that were not taken out.
     positions: HashTable<u32>,
     key_length: usize,
-    /// How many have a key of another length, so that they are none of ours.
+    /// How many have a key of another length, or none because they stand for every other key, so
+    /// that they are none of ours.
     strange: usize,
 }
 
@@ -95,6 +96,11 @@ impl Elements {
 
     pub(crate) fn len(&self) -> usize {
         self.positions.len() + self.strange
+    }
+
+    /// True where there are elements that cannot be looked up or taken out.
+    pub(crate) fn has_strange(&self) -> bool {
+        self.strange > 0
     }
 
     /// Adds an element, or gives the one with this key another datum. One with a key of another
@@ -213,6 +219,7 @@ mod tests {
         let mut elements = Elements::with_keys_of(4);
         elements.insert(&Key::read(&[1; 16]).unwrap(), Datum::Present);
         assert_eq!(elements.len(), 1);
+        assert!(elements.has_strange());
         assert_eq!(elements.get(&Key::read(&[1; 16]).unwrap()), None);
         assert_eq!(elements.get(&Key::read(&[1; 4]).unwrap()), None);
     }

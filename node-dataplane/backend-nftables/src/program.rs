@@ -266,6 +266,11 @@ impl<N: Netfilter> Nftables<N> {
         for (family, set) in every_set() {
             let found = observe::elements(&mut self.netfilter, family, set).map_err(whole)?;
             let size = state.size(family, set);
+            if found.has_strange() {
+                // What holds for every other key is not deleted by a key of ours.
+                tracing::info!(set = set.name(), "holds what is no key of ours, making our tables anew");
+                return self.rebuild(plan, excluded, attributed);
+            }
             if set.ranges() == Ranges::ByEnds && found.iter().any(|(_, datum)| datum == Datum::Foreign) {
                 // Half a range cannot be taken away by what it should be.
                 tracing::info!(set = set.name(), "not a set of whole ranges, making our tables anew");

@@ -302,6 +302,11 @@ fn drift_is_found_and_repaired() {
                 "add element ip lockstep hairpin { 10.9.9.9 . 10.9.9.9 }",
                 "set ip lockstep hairpin: 1 element not ours",
             ),
+            (
+                // For every address and port that is none of ours.
+                "add element ip lockstep frontends { * : drop }",
+                "map ip lockstep frontends: 1 element not ours",
+            ),
             ("add rule ip lockstep services counter", "chain ip lockstep services: differs"),
             (
                 "delete element ip lockstep affine_endpoints { 10.96.0.5 . tcp . 80 . f000:2 }",
