@@ -8,13 +8,14 @@ use rustc_hash::FxHashMap;
 
 use crate::change::reorder;
 use crate::contents::{Installed, pools_of};
+use crate::elements::Elements;
 use crate::layout::via;
 use crate::names::Via;
 use crate::sets::{Datum, Key, SetId};
 use crate::stage::Stage;
 
 /// What the kernel holds.
-pub(crate) type Observed = FxHashMap<(Family, SetId), FxHashMap<Key, Datum>>;
+pub(crate) type Observed = FxHashMap<(Family, SetId), Elements>;
 
 /// Stages what makes the kernel's element equal to ours.
 pub(crate) fn compare(
@@ -39,7 +40,7 @@ pub(crate) fn compare(
 pub(crate) fn note_serials(stage: &mut Stage, observed: &Observed) {
     for ((_, set), elements) in observed {
         if [Via::Address, Via::NodePort].map(SetId::affine_endpoints).contains(set) {
-            elements.keys().for_each(|key| stage.serial_is_taken(key.last_number()));
+            elements.iter().for_each(|(key, _)| stage.serial_is_taken(key.last_number()));
         }
     }
 }
@@ -87,7 +88,7 @@ pub(crate) fn adopt_service(
 fn held(port: &PortPlan, frontend: &Frontend, pool: Pool, observed: &Observed) -> Vec<(Target, Option<u32>)> {
     let key = Key::frontend(port.protocol, frontend);
     let via = via(frontend);
-    let find = |set, key: &Key| observed.get(&(port.family, set))?.get(key).copied();
+    let find = |set, key: &Key| observed.get(&(port.family, set))?.get(key);
     let target = |datum| match datum {
         Some(Datum::Target(target)) => Some(target),
         _ => None,

@@ -24,6 +24,8 @@
 mod adopt;
 mod change;
 mod contents;
+mod elements;
+mod fingerprint;
 mod layout;
 mod names;
 mod node;
@@ -39,6 +41,7 @@ mod userdata;
 mod verify;
 
 use std::collections::BTreeMap;
+use std::hash::RandomState;
 use std::time::Duration;
 
 use lockstep_kernel::netlink;
@@ -69,6 +72,8 @@ pub struct Nftables<N = Kernel> {
     blame: bool,
     /// Where the audit goes on.
     audited: usize,
+    /// What fingerprints are made with.
+    secret: RandomState,
 }
 
 /// Why the backend could not be opened or a table not be programmed.
@@ -117,6 +122,7 @@ impl<N: Netfilter> Nftables<N> {
             reap_again: false,
             blame: false,
             audited: 0,
+            secret: RandomState::new(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! What the kernel holds in our tables.
 
 use std::collections::BTreeSet;
+use std::hash::RandomState;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use lockstep_kernel::netlink::Error;
@@ -10,6 +11,8 @@ use lockstep_view::NodePlan;
 use lockstep_view::backend::Drift;
 use rustc_hash::FxHashMap;
 
+use crate::elements::Elements;
+use crate::fingerprint::Fingerprint;
 use crate::layout::{self, ChainLayout};
 use crate::names::{SharedChain, TABLE};
 use crate::rules::kernel_family;
@@ -81,33 +84,53 @@ pub(crate) fn skeleton(
 }
 
 /// The elements of a set, with ranges that are two elements put together.
-pub(crate) fn elements(
-    netfilter: &mut dyn Netfilter,
-    family: Family,
-    set: SetId,
-) -> Result<FxHashMap<Key, Datum>, Error> {
+pub(crate) fn elements(netfilter: &mut dyn Netfilter, family: Family, set: SetId) -> Result<Elements, Error> {
     if set.ranges() == Ranges::ByEnds {
         return intervals(netfilter, family, set);
     }
-    let mut found = FxHashMap::default();
-    nf_tables::elements(netfilter, kernel_family(family), TABLE, set.name(), &mut |step| match step {
-        Step::Begin => found.clear(),
-        Step::Element(element) => {
-            if let Some(key) = Key::read(element.key) {
-                let datum = Datum::read(set, element.bytes(), element.verdict(), element.key_end);
-                found.insert(key, datum);
-            }
-        }
+    let mut found = Elements::with_keys_of(set.key_length(family));
+    walk(netfilter, family, set, &mut |element| match element {
+        None => found.clear(),
+        Some((key, datum)) => found.insert(&key, datum),
     })?;
     Ok(found)
 }
 
-/// The ranges of a set that has them as two elements. Half a range is foreign: we write none.
-fn intervals(
+/// The fingerprint of a set whose ranges, where it has any, are one element each.
+pub(crate) fn fingerprint(
+    netfilter: &mut dyn Netfilter,
+    secret: &RandomState,
+    family: Family,
+    set: SetId,
+) -> Result<Fingerprint, Error> {
+    let mut found = Fingerprint::default();
+    walk(netfilter, family, set, &mut |element| match element {
+        None => found = Fingerprint::default(),
+        Some((key, datum)) => found.add(secret, &key, &datum),
+    })?;
+    Ok(found)
+}
+
+/// Walks the elements of a set. `None`: forget what came before, the kernel begins (again).
+fn walk(
     netfilter: &mut dyn Netfilter,
     family: Family,
     set: SetId,
-) -> Result<FxHashMap<Key, Datum>, Error> {
+    each: &mut dyn FnMut(Option<(Key, Datum)>),
+) -> Result<(), Error> {
+    nf_tables::elements(netfilter, kernel_family(family), TABLE, set.name(), &mut |step| match step {
+        Step::Begin => each(None),
+        Step::Element(element) => {
+            if let Some(key) = Key::read(element.key) {
+                let datum = Datum::read(set, element.bytes(), element.verdict(), element.key_end);
+                each(Some((key, datum)));
+            }
+        }
+    })
+}
+
+/// The ranges of a set that has them as two elements. Half a range is foreign: we write none.
+fn intervals(netfilter: &mut dyn Netfilter, family: Family, set: SetId) -> Result<Elements, Error> {
     // Sorted, an end comes before a beginning at the same key.
     let mut bounds = BTreeSet::new();
     nf_tables::elements(netfilter, kernel_family(family), TABLE, set.name(), &mut |step| match step {
@@ -118,7 +141,7 @@ fn intervals(
             }
         }
     })?;
-    let mut found = FxHashMap::default();
+    let mut found = Elements::with_keys_of(set.key_length(family));
     let mut open: Option<Key> = None;
     for (key, begins) in bounds {
         let half = match (open.take(), begins) {
@@ -127,7 +150,7 @@ fn intervals(
                 continue;
             }
             (Some(first), false) => {
-                found.insert(first, key.before().map_or(Datum::Foreign, Datum::UpTo));
+                found.insert(&first, key.before().map_or(Datum::Foreign, Datum::UpTo));
                 continue;
             }
             (Some(first), true) => {
@@ -136,10 +159,10 @@ fn intervals(
             }
             (None, false) => key,
         };
-        found.insert(half, Datum::Foreign);
+        found.insert(&half, Datum::Foreign);
     }
     if let Some(first) = open {
-        found.insert(first, Datum::UpTo(last_address(family)));
+        found.insert(&first, Datum::UpTo(last_address(family)));
     }
     Ok(found)
 }

@@ -266,7 +266,12 @@ impl<N: Netfilter> Nftables<N> {
         for (family, set) in every_set() {
             let found = observe::elements(&mut self.netfilter, family, set).map_err(whole)?;
             let size = state.size(family, set);
-            if set.ranges() == Ranges::ByEnds && found.values().any(|datum| *datum == Datum::Foreign) {
+            if found.has_strange() {
+                // What holds for every other key is not deleted by a key of ours.
+                tracing::info!(set = set.name(), "holds what is no key of ours, making our tables anew");
+                return self.rebuild(plan, excluded, attributed);
+            }
+            if set.ranges() == Ranges::ByEnds && found.iter().any(|(_, datum)| datum == Datum::Foreign) {
                 // Half a range cannot be taken away by what it should be.
                 tracing::info!(set = set.name(), "not a set of whole ranges, making our tables anew");
                 return self.rebuild(plan, excluded, attributed);
@@ -287,9 +292,9 @@ impl<N: Netfilter> Nftables<N> {
         mut observed: Observed,
     ) -> Result<usize, Fault> {
         for ((family, _), elements) in &observed {
-            for datum in elements.values() {
+            for (_, datum) in elements.iter() {
                 if let Datum::Goto(chain) = datum {
-                    *state.references.entry((*family, *chain)).or_default() += 1;
+                    *state.references.entry((*family, chain)).or_default() += 1;
                 }
             }
         }
@@ -329,9 +334,9 @@ impl<N: Netfilter> Nftables<N> {
         for (family, set) in every_set() {
             let Some(rest) = observed.get(&(family, set)) else { continue };
             let mut rest: Vec<_> = rest.iter().collect();
-            rest.sort_unstable_by_key(|(key, _)| **key);
+            rest.sort_unstable_by_key(|(key, _)| *key);
             for (key, datum) in rest {
-                stage.delete(family, set, key, *datum);
+                stage.delete(family, set, &key, datum);
             }
         }
         let has_room = state.has_room(&self.stage);

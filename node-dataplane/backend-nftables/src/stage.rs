@@ -21,11 +21,37 @@ use crate::sets::{Datum, GOTO, Key, Ranges, SERIALS, SetId, target_bytes};
 /// Elements of one set that are written.
 #[derive(Debug, Default)]
 pub(crate) struct Lane {
-    delete: Vec<u8>,
-    add: Vec<u8>,
+    delete: Encoded,
+    add: Encoded,
     pub(crate) deleted: usize,
     pub(crate) added: usize,
     sealed: [usize; 2],
+}
+
+/// Encoded elements. What is full is given back piece by piece while it is copied into the batch,
+/// so that a large transaction is not in memory twice.
+#[derive(Debug, Default)]
+struct Encoded {
+    full: Vec<Vec<u8>>,
+    open: Vec<u8>,
+}
+
+impl Encoded {
+    fn cut(&mut self) {
+        if self.open.len() > FULL {
+            self.full.push(std::mem::replace(&mut self.open, Vec::with_capacity(PIECE)));
+        }
+    }
+
+    fn clear(&mut self) {
+        self.full.clear();
+        self.open.clear();
+        self.open.shrink_to(KEEP_CAPACITY);
+    }
+
+    fn len(&self) -> usize {
+        self.full.iter().map(Vec::len).sum::<usize>() + self.open.len()
+    }
 }
 
 /// A stretch of a lane that belongs to one Service.
@@ -52,6 +78,10 @@ pub(crate) struct Written {
 const WRITTEN_LIMIT: usize = 4096;
 /// A buffer that a large transaction left behind is not kept past this.
 const KEEP_CAPACITY: usize = 64 << 10;
+/// Large enough that the allocator maps it by itself: then it is really given back.
+const PIECE: usize = 1 << 20;
+/// Another element might not fit without growing the piece.
+const FULL: usize = PIECE - 256;
 const LANES: usize = SetId::ALL.len();
 
 /// The transaction.
@@ -119,10 +149,8 @@ impl Stage {
     pub(crate) fn begin(&mut self, attributed: bool) {
         for index in bits(std::mem::take(&mut self.touched)) {
             let lane = &mut self.lanes[index];
-            for buffer in [&mut lane.delete, &mut lane.add] {
-                buffer.clear();
-                buffer.shrink_to(KEEP_CAPACITY);
-            }
+            lane.delete.clear();
+            lane.add.clear();
             (lane.deleted, lane.added, lane.sealed) = (0, 0, [0, 0]);
         }
         self.marks.clear();
@@ -154,7 +182,7 @@ impl Stage {
         self.touched |= 1 << index;
         let lane = &mut self.lanes[index];
         lane.added += set.kernel_elements();
-        let out = &mut lane.add;
+        let out = &mut lane.add.open;
         match datum {
             Datum::Present => nf_tables::put_key(out, key.bytes()),
             Datum::UpTo(last) => put_range(out, set, key, last),
@@ -173,6 +201,9 @@ impl Stage {
                 nf_tables::put_verdict(out, key.bytes(), Verdict::Drop.code(), None);
             }
         }
+        if !self.attributed {
+            lane.add.cut();
+        }
         self.note(family, set, key, Some(datum));
     }
 
@@ -181,7 +212,7 @@ impl Stage {
         let index = lane_index(family, set);
         self.touched |= 1 << index;
         let data = given.serial.to_ne_bytes();
-        nf_tables::put_passing(&mut self.lanes[index].add, key.bytes(), &data, given.lifetime);
+        nf_tables::put_passing(&mut self.lanes[index].add.open, key.bytes(), &data, given.lifetime);
     }
 
     /// Deletes an element that is there.
@@ -191,8 +222,11 @@ impl Stage {
         let lane = &mut self.lanes[index];
         lane.deleted += set.kernel_elements();
         match datum {
-            Datum::UpTo(last) => put_range(&mut lane.delete, set, key, last),
-            _ => nf_tables::put_key(&mut lane.delete, key.bytes()),
+            Datum::UpTo(last) => put_range(&mut lane.delete.open, set, key, last),
+            _ => nf_tables::put_key(&mut lane.delete.open, key.bytes()),
+        }
+        if !self.attributed {
+            lane.delete.cut();
         }
         if let Datum::Goto(chain) = datum {
             *self.references.entry((family, chain)).or_default() -= 1;
@@ -222,7 +256,7 @@ impl Stage {
         }
         for index in bits(self.touched) {
             let lane = &mut self.lanes[index];
-            let ends = [lane.delete.len(), lane.add.len()];
+            let ends = [lane.delete.open.len(), lane.add.open.len()];
             for (side, op) in [(0, ElementOp::Delete), (1, ElementOp::Add)] {
                 if ends[side] > lane.sealed[side] {
                     self.marks.push(Mark { lane: index, op, bytes: lane.sealed[side]..ends[side], service });
@@ -246,17 +280,20 @@ impl Stage {
             for mark in self.marks.iter().filter(|mark| mark.op == op) {
                 let first = batch.last_seq() + 1;
                 let lane = &self.lanes[mark.lane];
-                let buffer = if op == ElementOp::Delete { &lane.delete } else { &lane.add };
-                put_elements(batch, op, mark.lane, &buffer[mark.bytes.clone()]);
+                let encoded = if op == ElementOp::Delete { &lane.delete } else { &lane.add };
+                put_elements(batch, op, mark.lane, &encoded.open[mark.bytes.clone()]);
                 attribution.owners.push((first..batch.last_seq() + 1, mark.service));
             }
             for index in self.touched() {
-                let lane = &self.lanes[index];
-                let (buffer, sealed) = match op {
-                    ElementOp::Delete => (&lane.delete, lane.sealed[0]),
-                    ElementOp::Add => (&lane.add, lane.sealed[1]),
+                let lane = &mut self.lanes[index];
+                let (encoded, sealed) = match op {
+                    ElementOp::Delete => (&mut lane.delete, lane.sealed[0]),
+                    ElementOp::Add => (&mut lane.add, lane.sealed[1]),
                 };
-                put_elements(batch, op, index, &buffer[sealed..]);
+                for piece in encoded.full.drain(..) {
+                    put_elements(batch, op, index, &piece);
+                }
+                put_elements(batch, op, index, &encoded.open[sealed..]);
             }
         }
         attribution
@@ -265,7 +302,7 @@ impl Stage {
     /// Gives the memory of a large transaction back; what was written stays known.
     pub(crate) fn release(&mut self) {
         for lane in &mut self.lanes {
-            (lane.delete, lane.add) = (Vec::new(), Vec::new());
+            (lane.delete, lane.add) = (Encoded::default(), Encoded::default());
         }
     }
 

@@ -15,6 +15,7 @@ use lockstep_model::Family;
 use lockstep_view::backend::{Audit, Drift};
 use rustc_hash::FxHashMap;
 
+use crate::fingerprint::Fingerprint;
 use crate::names::{SharedChain, TABLE};
 use crate::rules::kernel_family;
 use crate::sets::{Datum, Key, Ranges, SetId, target_bytes};
@@ -100,18 +101,33 @@ impl<N: Netfilter> Nftables<N> {
     }
 
     fn compare_set(&mut self, family: Family, set: SetId) -> Result<Option<Drift>, Error> {
+        // Nearly always there is nothing to tell, and then nothing has to be held either.
+        if set.ranges() != Ranges::ByEnds {
+            let mut expected = Fingerprint::default();
+            self.each_element_of(family, set, &mut |key, datum| expected.add(&self.secret, key, &datum));
+            if observe::fingerprint(&mut self.netfilter, &self.secret, family, set)? == expected {
+                return Ok(None);
+            }
+        }
         let mut found = observe::elements(&mut self.netfilter, family, set)?;
         let mut count = Difference::default();
+        self.each_element_of(family, set, &mut |key, datum| {
+            count.note(Some(&datum), found.remove(key).as_ref(), |expected, found| expected == found);
+        });
+        count.unexpected += found.len();
+        Ok(count.drift(family, set))
+    }
+
+    /// What a set should have, by the Services in force and not by what was written.
+    fn each_element_of(&self, family: Family, set: SetId, each: &mut impl FnMut(&Key, Datum)) {
         // Most sets are empty on most nodes; nothing has to be looked for there.
         if self.state.elements_in(family, set) > 0 {
             self.state.each_element(&mut |of, in_set, key, datum| {
                 if of == family && in_set == set {
-                    count.note(Some(&datum), found.remove(key).as_ref(), |expected, found| expected == found);
+                    each(key, datum);
                 }
             });
         }
-        count.unexpected += found.len();
-        Ok(count.drift(family, set))
     }
 
     /// Compares a part: the skeletons, then set after set.

@@ -64,6 +64,60 @@ fn the_read_back_tells_of_every_change_made_after_the_write() {
     }
 }
 
+/// As many elements as before, and some of them not what they were.
+#[test]
+fn errors_that_cancel_in_count_are_told_by_read_back_and_audit() {
+    let damage = [
+        (
+            "delete element ip lockstep endpoints { 10.96.0.1 . tcp . 80 . 0 }; add element ip lockstep endpoints { 10.96.0.77 . tcp . 80 . 0 : 10.244.1.2 . 8080 }",
+            "map ip lockstep endpoints: 1 element missing, 1 element not ours",
+        ),
+        (
+            "delete element ip lockstep endpoints { 10.96.0.1 . tcp . 80 . 0 }; add element ip lockstep endpoints { 10.96.0.1 . tcp . 80 . 0 : 10.244.1.2 . 8081 }",
+            "map ip lockstep endpoints: 1 element different",
+        ),
+        (
+            // The same keys and the same data, only not together.
+            "delete element ip lockstep endpoints { 10.96.0.1 . tcp . 80 . 0, 10.96.0.1 . tcp . 80 . 1 }; add element ip lockstep endpoints { 10.96.0.1 . tcp . 80 . 0 : 10.244.2.2 . 8080, 10.96.0.1 . tcp . 80 . 1 : 10.244.1.2 . 8080 }",
+            "map ip lockstep endpoints: 2 elements different",
+        ),
+        (
+            "delete element ip lockstep frontends { 10.96.0.1 . tcp . 80 }; add element ip lockstep frontends { 10.96.0.1 . tcp . 80 : drop }",
+            "map ip lockstep frontends: 1 element different",
+        ),
+        (
+            "delete element ip lockstep serials { 10.96.0.5 . tcp . 80 . 0 }; add element ip lockstep serials { 10.96.0.5 . tcp . 80 . 0 : f000:2 }",
+            "map ip lockstep serials: 1 element different",
+        ),
+        (
+            "delete element ip lockstep allowed { 192.0.2.7 . tcp . 80 . 10.0.0.0/8 }; add element ip lockstep allowed { 192.0.2.7 . tcp . 80 . 10.0.0.0/7 }",
+            "set ip lockstep allowed: 1 element different",
+        ),
+        (
+            "delete element ip6 lockstep cluster_ips { fd00:96::1 }; add element ip6 lockstep cluster_ips { fd00:96::2 }",
+            "set ip6 lockstep cluster_ips: 1 element missing, 1 element not ours",
+        ),
+        (
+            "delete element ip lockstep service_cidrs { 10.96.0.0/12 }; add element ip lockstep service_cidrs { 10.96.0.0/13 }",
+            "set ip lockstep service_cidrs: 1 element different",
+        ),
+    ];
+    in_namespace(|| {
+        let plan = every_shape();
+        for (command, expected) in damage {
+            let mut backend = Nftables::open().unwrap();
+            run("nft", &["flush ruleset"]);
+            backend.sync(&plan).unwrap();
+            run("nft", &[command]);
+            let found: Vec<String> = backend.verify().unwrap().iter().map(ToString::to_string).collect();
+            assert_eq!(found, [expected], "{command}");
+            assert_eq!(audit(&mut backend), [expected], "{command}");
+            assert!(backend.sync(&plan).unwrap().objects_changed > 0, "{command}");
+            assert_eq!(audit(&mut backend), Vec::<String>::new(), "{command}");
+        }
+    });
+}
+
 #[test]
 fn the_read_back_of_one_change_tells_when_it_is_not_in_force() {
     in_namespace(|| {
@@ -247,6 +301,11 @@ fn drift_is_found_and_repaired() {
             (
                 "add element ip lockstep hairpin { 10.9.9.9 . 10.9.9.9 }",
                 "set ip lockstep hairpin: 1 element not ours",
+            ),
+            (
+                // For every address and port that is none of ours.
+                "add element ip lockstep frontends { * : drop }",
+                "map ip lockstep frontends: 1 element not ours",
             ),
             ("add rule ip lockstep services counter", "chain ip lockstep services: differs"),
             (

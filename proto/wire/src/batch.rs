@@ -117,7 +117,12 @@ impl UpdateWriter {
         Ok(())
     }
 
-    /// Ends the transaction: at least one frame, of which the last commits.
+    /// Takes the frames out that are full, so that a large transaction need not be held as a whole.
+    pub fn take_full(&mut self) -> impl Iterator<Item = Frame> {
+        self.frames.drain(..)
+    }
+
+    /// Ends the transaction: the frames that were not taken out, at least one; the last commits.
     pub fn finish(mut self) -> Vec<Frame> {
         let batch = std::mem::take(&mut self.batch.bytes);
         self.push(batch, true);

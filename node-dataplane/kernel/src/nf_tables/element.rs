@@ -20,6 +20,8 @@ const VERDICT_CHAIN: u16 = 2;
 
 /// `NFT_SET_ELEM_INTERVAL_END`.
 const INTERVAL_END: u32 = 1;
+/// `NFT_SET_ELEM_CATCHALL`.
+const CATCHALL: u32 = 2;
 
 /// What a map says about a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +35,7 @@ pub enum Value {
 /// One element as the kernel reports it.
 #[derive(Debug, Clone)]
 pub struct Element<'a> {
-    /// The key, or the first key of a range.
+    /// The key, or the first key of a range. Empty: what holds for every other key.
     pub key: &'a [u8],
     /// The last key of a range.
     pub key_end: Option<&'a [u8]>,
@@ -54,13 +56,15 @@ pub struct Lifetime {
 }
 
 impl<'a> Element<'a> {
-    /// Reads one element; `None` where it has no key.
+    /// Reads one element; `None` where it has no key and does not stand for every other one.
     pub(super) fn decode(attributes: &Attributes<'a>) -> Option<Self> {
         let value = |kind| attributes.get(kind).and_then(|key| key.nested().get(DATA_VALUE));
+        let flags = attributes.get(FLAGS).map_or(0, |flags| flags.u32_be());
+        let key = value(KEY).map(|key| key.value).or((flags & CATCHALL != 0).then_some(&[][..]))?;
         Some(Self {
-            key: value(KEY)?.value,
+            key,
             key_end: value(KEY_END).map(|end| end.value),
-            ends_interval: attributes.get(FLAGS).is_some_and(|flags| flags.u32_be() & INTERVAL_END != 0),
+            ends_interval: flags & INTERVAL_END != 0,
             lifetime: attributes.get(TIMEOUT).map(|timeout| Lifetime {
                 timeout: timeout.u64_be(),
                 left: attributes.get(EXPIRATION).map_or(0, |left| left.u64_be()),

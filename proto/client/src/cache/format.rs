@@ -162,11 +162,17 @@ fn checksum(length: [u8; 4], body: &[u8]) -> Version {
 }
 
 fn push_record(out: &mut Vec<u8>, frame: &Frame) {
-    let body = frame.bytes();
+    out.extend_from_slice(&record_prefix(frame.bytes()));
+    out.extend_from_slice(frame.bytes());
+}
+
+/// Length and checksum of a record.
+fn record_prefix(body: &[u8]) -> [u8; 4 + CHECKSUM] {
     let length = u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes();
-    out.extend_from_slice(&length);
-    out.extend_from_slice(&checksum(length, body).0);
-    out.extend_from_slice(body);
+    let mut prefix = [0; 4 + CHECKSUM];
+    prefix[..4].copy_from_slice(&length);
+    prefix[4..].copy_from_slice(&checksum(length, body).0);
+    prefix
 }
 
 /// The record of a node's facts.
@@ -193,14 +199,32 @@ pub(super) fn change_records(
     Ok(())
 }
 
-/// The records of a whole state.
-pub(super) fn state_records(out: &mut Vec<u8>, state: &State, position: Position) -> Result<(), WriteError> {
+/// Writes the records of a whole state, each as soon as it is full: all of them are as large as
+/// the state. Returns how many bytes they have.
+pub(super) fn write_state(
+    out: &mut impl io::Write,
+    state: &State,
+    position: Position,
+) -> Result<u64, WriteError> {
     let mut writer = update_writer(position, state.len(), true)?;
+    let mut written = 0;
     for (version, resource) in state.resources() {
         upsert(&mut writer, version, &resource)?;
+        for frame in writer.take_full() {
+            written += write_record(out, &frame)?;
+        }
     }
-    writer.finish().iter().for_each(|frame| push_record(out, frame));
-    Ok(())
+    for frame in writer.finish() {
+        written += write_record(out, &frame)?;
+    }
+    Ok(written)
+}
+
+fn write_record(out: &mut impl io::Write, frame: &Frame) -> io::Result<u64> {
+    let prefix = record_prefix(frame.bytes());
+    out.write_all(&prefix)?;
+    out.write_all(frame.bytes())?;
+    Ok((prefix.len() + frame.bytes().len()) as u64)
 }
 
 /// Why something cannot be written.

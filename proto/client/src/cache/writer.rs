@@ -238,17 +238,17 @@ impl Writer {
     }
 
     fn write_anew(&self) -> Result<(File, u64), WriteError> {
-        let mut bytes = format::header(&self.node_name);
-        format::node_record(&mut bytes, &self.node);
-        format::state_records(&mut bytes, &self.state, self.position)?;
+        let mut begin = format::header(&self.node_name);
+        format::node_record(&mut begin, &self.node);
         let mut file = File::create(&self.files.temporary)?;
-        file.write_all(&bytes)?;
+        file.write_all(&begin)?;
+        let bytes = begin.len() as u64 + format::write_state(&mut file, &self.state, self.position)?;
         file.sync_all()?;
         fs::rename(&self.files.temporary, &self.files.outdated)?;
         if let Some(directory) = self.files.outdated.parent() {
             File::open(directory)?.sync_all()?;
         }
-        Ok((file, bytes.len() as u64))
+        Ok((file, bytes))
     }
 
     fn sync(&mut self) {
