@@ -8,7 +8,7 @@
 //!
 //! The programs are those that `integration/peers/go.mod` pins, in the directory that
 //! `LOCKSTEP_PEERS_DIR` names. Everything listens on loopback, keeps its files in a temporary
-//! directory and ends with the value that started it. No root is needed.
+//! directory and ends with the value that started it, or with this process. No root is needed.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
@@ -20,7 +20,8 @@ use anyhow::{Context, Result, bail, ensure};
 use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
-use tempfile::TempDir;
+
+use crate::leftovers::{self, Directory};
 
 /// Directory of `etcd`, `kube-apiserver`, `kube-proxy` and `grpcurl`.
 pub const PEERS_DIR: &str = "LOCKSTEP_PEERS_DIR";
@@ -49,7 +50,7 @@ pub struct ApiServer {
     etcd_url: String,
     port: u16,
     arguments: Vec<String>,
-    directory: TempDir,
+    directory: Directory,
 }
 
 /// A second API server on the same etcd, on a port of its own. Ends when dropped.
@@ -68,7 +69,7 @@ impl ApiServer {
     /// Like [`start`](Self::start), with further arguments of `kube-apiserver`, as
     /// `--feature-gates=WatchList=false`.
     pub async fn start_with(arguments: &[&str]) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("lockstep-apiserver-").tempdir()?;
+        let directory = Directory::new("lockstep-apiserver-")?;
         write_keys(directory.path())?;
         let (etcd, etcd_url) = start_etcd(directory.path()).await?;
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
@@ -241,7 +242,7 @@ impl Process {
     fn spawn(mut command: Command, name: &str, directory: &Path) -> Result<Self> {
         let log = File::create(directory.join(format!("{name}.log")))?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        Ok(Self(command.spawn().with_context(|| format!("starting {name}"))?))
+        Ok(Self(leftovers::spawn(command).with_context(|| format!("starting {name}"))?))
     }
 
     /// Waits for `ready`; fails with the end of the program's log where it ends first.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lockstep_wire::v1::status_service_client::StatusServiceClient;
-use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::transport::{Channel, Endpoint};
 
+use crate::leftovers::{self, Directory};
 use crate::product;
 
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -24,7 +24,7 @@ pub struct ControlPlane {
     arguments: Vec<String>,
     grpc: SocketAddr,
     http: SocketAddr,
-    directory: TempDir,
+    directory: Directory,
 }
 
 impl ControlPlane {
@@ -36,7 +36,7 @@ impl ControlPlane {
             arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
             grpc: free_address()?,
             http: free_address()?,
-            directory: tempfile::Builder::new().prefix("lockstep-control-plane-").tempdir()?,
+            directory: Directory::new("lockstep-control-plane-")?,
         };
         this.restart().await?;
         Ok(this)
@@ -50,7 +50,7 @@ impl ControlPlane {
         command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
         command.args(&self.arguments).env_remove("LOCKSTEP_LOG");
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        self.child = Some(command.spawn().context("starting lockstep-control-plane")?);
+        self.child = Some(leftovers::spawn(command).context("starting lockstep-control-plane")?);
         let deadline = Instant::now() + START_TIMEOUT;
         while self.get("/livez").await.is_err() {
             if let Some(status) = self.ended()? {

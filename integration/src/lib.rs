@@ -12,6 +12,7 @@
 //!   └─> relay: the way to it from inside a lab ──> kube_proxy: the real one, on a node
 //!         └─> kube_proxy_cluster: in every mode at once, for scenarios to be played on
 //! control_plane, follower: the control plane as a process on loopback, and nodes without a kernel
+//! leftovers: what makes programs and directories end with the process, whatever ends it
 //! ```
 //!
 //! All that drives the product from outside only: its programs, its files and its gRPC contract.
@@ -27,6 +28,7 @@ pub mod follower;
 pub mod kube_proxy;
 pub mod kube_proxy_cluster;
 pub mod lab;
+pub mod leftovers;
 pub mod load;
 pub mod objects;
 pub mod product;

@@ -18,6 +18,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use crate::certificates::{Authority, Secret};
 use crate::lab::{Family, Lab, POD_CIDRS, Place};
+use crate::leftovers;
 use crate::traffic::{OTHER_POD_PORT, POD_PORT};
 
 /// Port of the control plane's gRPC server.
@@ -418,7 +419,7 @@ impl Process {
         // Appended: a restarted program goes on in the same log.
         let file = File::options().create(true).append(true).open(&log)?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        let child = command.spawn().with_context(|| format!("start {name}"))?;
+        let child = leftovers::spawn(command).with_context(|| format!("start {name}"))?;
         Ok(Self { name: name.to_owned(), child, log })
     }
 

@@ -72,7 +72,18 @@ fn through(kubeconfig: &Path, address: SocketAddr) -> Result<String> {
 }
 
 fn accept(listener: &TcpListener, target: SocketAddr, closed: &AtomicBool) {
-    for client in listener.incoming().flatten() {
+    for client in listener.incoming() {
+        let client = match client {
+            Ok(client) => client,
+            // This one was gone before its turn.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Err(error) => {
+                // Asked again at once, it would say the same. With the socket gone, who connects is
+                // refused and need not wait; nobody who reads this is no reason to go on.
+                let _ = writeln!(io::stderr(), "the relay to the API server ends: accept: {error}");
+                return;
+            }
+        };
         if closed.load(Ordering::Acquire) {
             return;
         }
@@ -98,4 +109,26 @@ fn carry(mut from: TcpStream, mut to: TcpStream) {
     // After a fault the other direction has nothing to say either; both may be gone by now.
     let how = if done.is_ok() { Shutdown::Write } else { Shutdown::Both };
     let _ = to.shutdown(how);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_relay_that_cannot_accept_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = listener.local_addr().unwrap();
+        // An accept(2) that fails at once, and every time.
+        listener.set_nonblocking(true).unwrap();
+        let (ended, end) = mpsc::channel();
+        thread::spawn(move || {
+            accept(&listener, target, &AtomicBool::new(false));
+            ended.send(())
+        });
+        end.recv_timeout(Duration::from_secs(20)).expect("it does not ask for ever");
+    }
 }

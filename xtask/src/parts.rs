@@ -345,6 +345,8 @@ fn run_all<'a>(
         let name = format!("{} {}", program.package, program.name);
         println!("\n-- {name}");
         let mut command = Command::new("timeout");
+        // It signals the test alone, not its group: what the test started dies with it, and the shells
+        // that clean up after it are to live on.
         command.args(["--foreground", "--kill-after=10", TIME_LIMIT]).arg(&program.executable);
         command.current_dir(&program.directory);
         if program.package == INTEGRATION {

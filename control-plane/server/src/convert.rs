@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use ipnet::IpNet;
 use lockstep_model::{Digest, InvalidField, NodeContext, check_name};
 use lockstep_store::{
     BackendFacts, Facts, Failure, FailureClass, InForce, Levels, NodeSettings, NodeState, Outcome, Pass,
@@ -16,6 +17,10 @@ const MAX_TEXT: usize = 512;
 
 /// Most networks that one setting of a node may have.
 const MAX_NETWORKS: usize = 256;
+/// The longest text of a network: an IPv6 address whose end is written as IPv4, and three digits.
+const MAX_NETWORK: usize = 49;
+/// The longest name of a network interface: IFNAMSIZ without its zero byte.
+const MAX_INTERFACE: usize = 15;
 
 pub(crate) fn position(position: Position) -> v1::Position {
     v1::Position {
@@ -91,11 +96,14 @@ pub(crate) fn facts(hello: v1::Hello, peer: String, resume: Resume) -> Result<Fa
 }
 
 /// What the operator decided for a node. A part of it would say something else than the whole, so
-/// what has no room is not kept at all.
+/// what has no room, or is none of what it should be, is not kept at all.
 fn settings(from: v1::NodeSettings) -> Option<NodeSettings> {
-    let texts = || from.cluster_cidrs.iter().chain(&from.node_port_cidrs).chain([&from.pod_interface]);
-    let networks = from.cluster_cidrs.len().max(from.node_port_cidrs.len());
-    if networks > MAX_NETWORKS || texts().any(|text| text.len() > MAX_TEXT) {
+    let is_network = |text: &String| text.len() <= MAX_NETWORK && text.parse::<IpNet>().is_ok();
+    let are_networks = |texts: &[String]| texts.len() <= MAX_NETWORKS && texts.iter().all(is_network);
+    if !are_networks(&from.cluster_cidrs)
+        || !are_networks(&from.node_port_cidrs)
+        || from.pod_interface.len() > MAX_INTERFACE
+    {
         return None;
     }
     Some(NodeSettings {

@@ -10,8 +10,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use lockstep_kernel::exec;
 use lockstep_kernel::netns;
 use lockstep_kernel::nf_tables::{self, Family, Kernel, Step};
+
+use crate::leftovers::Directory;
 
 use super::cluster::{CLUSTER_CIDR, ENDPOINTS, NODE, Upstream, replacement};
 
@@ -62,6 +65,8 @@ impl Program {
         let log = fs::File::create(log)?;
         let mut command = Command::new(binary);
         command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // Started from the thread that has the namespace, and that is the one that ends it.
+        exec::die_with_thread(&mut command);
         Ok(Self(command.spawn().with_context(|| format!("start {}", binary.display()))?))
     }
 
@@ -88,7 +93,7 @@ pub fn run<T: Send>(
     binaries: &Path,
     work: impl FnOnce(&mut Programs) -> Result<T> + Send,
 ) -> Result<T> {
-    let directory = tempfile::tempdir()?;
+    let directory = Directory::new("lockstep-bench-")?;
     let upstream = Upstream::new(services);
     netns::run_in_new(|| work(&mut Programs::start(services, upstream, binaries, directory.path())?))?
 }

@@ -12,8 +12,33 @@ pub struct Row {
     pub measured: String,
     /// The limit, with its unit.
     pub limit: String,
-    /// Whether the limit holds.
-    pub holds: bool,
+    /// What became of the limit.
+    pub verdict: Verdict,
+}
+
+/// What became of a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It holds.
+    Holds,
+    /// It does not, or nobody knows.
+    Missed,
+    /// There is none.
+    NoLimit,
+}
+
+impl Verdict {
+    fn of(holds: bool) -> Self {
+        if holds { Verdict::Holds } else { Verdict::Missed }
+    }
+
+    fn text(self) -> &'static str {
+        match self {
+            Verdict::Holds => "PASS",
+            Verdict::Missed => "**FAIL**",
+            Verdict::NoLimit => "-",
+        }
+    }
 }
 
 /// The lines, in order.
@@ -27,7 +52,7 @@ impl Report {
             work: work.into(),
             measured: format!("{value:.2}{unit}{detail}"),
             limit: format!("at most {limit}{unit}"),
-            holds: value <= limit,
+            verdict: Verdict::of(value <= limit),
         });
     }
 
@@ -37,30 +62,30 @@ impl Report {
             work: work.into(),
             measured: format!("{value:.2}{unit}{detail}"),
             limit: format!("at least {limit}{unit}"),
-            holds: value >= limit,
+            verdict: Verdict::of(value >= limit),
         });
     }
 
     /// A value that nothing is asked of.
     pub fn shown(&mut self, work: impl Into<String>, measured: String) {
-        self.0.push(Row { work: work.into(), measured, limit: "none".to_owned(), holds: true });
+        self.0.push(Row { work: work.into(), measured, limit: "none".to_owned(), verdict: Verdict::NoLimit });
     }
 
     /// Something that could not be measured counts as missed.
     pub fn missed(&mut self, work: impl Into<String>, why: String) {
-        self.0.push(Row { work: work.into(), measured: why, limit: String::new(), holds: false });
+        self.0.push(Row { work: work.into(), measured: why, limit: String::new(), verdict: Verdict::Missed });
     }
 
     /// True where no limit was missed.
     pub fn holds(&self) -> bool {
-        self.0.iter().all(|row| row.holds)
+        self.0.iter().all(|row| row.verdict != Verdict::Missed)
     }
 
     /// As a Markdown table.
     pub fn table(&self) -> String {
         let mut out = String::from("| work | measured | limit | |\n|---|---|---|---|\n");
         for row in &self.0 {
-            let verdict = if row.holds { "PASS" } else { "**FAIL**" };
+            let verdict = row.verdict.text();
             let _ = writeln!(out, "| {} | {} | {} | {verdict} |", row.work, row.measured, row.limit);
         }
         out
@@ -71,4 +96,22 @@ impl Report {
 pub fn text(time: Duration) -> String {
     let micros = time.as_secs_f64() * 1e6;
     if micros < 1000.0 { format!("{micros:.1} µs") } else { format!("{:.1} ms", micros / 1000.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_limit_passes_or_fails() {
+        let mut report = Report::default();
+        report.at_most("a", 1.0, 2.0, " ms", "");
+        report.shown("b", "3".to_owned());
+        assert!(report.holds());
+        report.at_least("c", 1.0, 2.0, "x", "");
+        assert!(!report.holds());
+        let table = report.table();
+        let verdicts: Vec<_> = table.lines().skip(2).map(|line| line.rsplit('|').nth(1)).collect();
+        assert_eq!(verdicts, [" PASS ", " - ", " **FAIL** "].map(Some));
+    }
 }

@@ -158,6 +158,29 @@ impl Output {
     }
 }
 
+/// Has the kernel kill the program (SIGKILL) when the **thread** that starts it ends, and so also
+/// however its process ends. Start it from a thread that lives for as long as the program may.
+///
+/// Does not hold for programs with set-user-ID or file capabilities, nor for what the program starts.
+pub fn die_with_thread(command: &mut Command) -> &mut Command {
+    let parent = std::process::id();
+    let prepare = move || {
+        // SAFETY: prctl(PR_SET_PDEATHSIG) takes plain numbers and concerns the calling process only.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: getppid takes nothing and cannot fail.
+        if u32::try_from(unsafe { libc::getppid() }) != Ok(parent) {
+            // It ended before the kernel was asked, and nobody would send the signal.
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec `prepare` makes two system calls and allocates nothing: an
+    // `io::Error` of an errno is plain numbers.
+    unsafe { command.pre_exec(prepare) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,6 +209,15 @@ mod tests {
         let error =
             Processes.run("sh", &["-c", "sleep 100 & wait"], b"", Duration::from_millis(50)).unwrap_err();
         assert!(matches!(error, ExecError::TimedOut { .. }), "{error}");
+        assert!(started.elapsed() < LIMIT);
+    }
+
+    #[test]
+    fn a_program_dies_with_the_thread_that_started_it() {
+        let started = Instant::now();
+        let start = || die_with_thread(Command::new("sleep").arg("100")).spawn().unwrap();
+        let mut child = std::thread::scope(|scope| scope.spawn(start).join().unwrap());
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
         assert!(started.elapsed() < LIMIT);
     }
 

@@ -11,6 +11,8 @@
 //! server that sends a full snapshot and then what changed. It is read back by the code that
 //! reads the stream, with the same digest check at every commit, so nothing half-written and
 //! nothing damaged is ever taken for a state: reading ends at the last commit that adds up.
+//! Kinds of resources that only a newer release knows are passed over: then what is held has a digest
+//! of its own and no place in history, and the file is written anew instead of added to.
 //!
 //! **Cost.** A transaction appends what it changed. When the file has doubled it is written
 //! anew: to a second file, synced, renamed over the first. All of that happens on a thread of its

@@ -148,12 +148,20 @@ async fn what_a_node_says_of_its_settings_is_shown_whole_or_not_at_all() {
         loopback_node_ports: true,
     };
     let many = vec!["10.0.0.0/8".to_owned(); 257];
+    let longest = v1::NodeSettings {
+        cluster_cidrs: vec!["2001:0db8:0000:0000:0000:ffff:192.168.100.100/128".into()],
+        pod_interface: "x".repeat(15),
+        ..told.clone()
+    };
     let mut status = world.status().await;
     for (name, settings, shown) in [
         ("n1", Some(told.clone()), Some(told.clone())),
         ("n2", None, None),
         ("n3", Some(v1::NodeSettings { cluster_cidrs: many, ..told.clone() }), None),
-        ("n4", Some(v1::NodeSettings { pod_interface: "x".repeat(513), ..told }), None),
+        ("n4", Some(v1::NodeSettings { pod_interface: "x".repeat(16), ..told.clone() }), None),
+        ("n5", Some(v1::NodeSettings { node_port_cidrs: vec!["x".repeat(512)], ..told.clone() }), None),
+        ("n6", Some(v1::NodeSettings { cluster_cidrs: vec!["10.0.0.0/33".into()], ..told.clone() }), None),
+        ("n7", Some(longest.clone()), Some(longest)),
     ] {
         let _node = world.node(v1::Hello { settings, ..hello(name, "a") }).await;
         let request = v1::GetNodeRequest { node_name: name.into() };

@@ -12,7 +12,10 @@
 //! arrives as a deletion.
 //!
 //! ServiceCIDRs are read where the API server has them and lets us: networking.k8s.io/v1 came with
-//! Kubernetes 1.33. Without them everything else goes on at once.
+//! Kubernetes 1.33. Where it has none or refuses them, everything else goes on at once. Where their
+//! list fails or hangs, it goes on a few seconds after the other lists: a control plane that
+//! starts again beside a list that is only slower would take the ServiceCIDRs off every node and
+//! put them back. Whenever the list comes, it is taken in.
 
 #[cfg(test)]
 mod tests;
@@ -48,6 +51,9 @@ const SIGNALS: usize = 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// [`Event::Alive`] is told at most this often.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// How long a list that the state is complete without is waited for, from when all others are there:
+/// more than the longest backoff between two requests of it.
+const OPTIONAL_PATIENCE: Duration = Duration::from_secs(8);
 /// Names nobody uses any more are dropped after so many deletions.
 const SHRINK_AFTER: u32 = 10_000;
 
@@ -99,6 +105,10 @@ fn client(mut config: kube::Config) -> Result<Client, ConnectError> {
 ///
 /// Dropping the future ends everything it started.
 pub async fn run(client: Client, events: mpsc::Sender<Event>) {
+    run_with(client, events, OPTIONAL_PATIENCE).await;
+}
+
+async fn run_with(client: Client, events: mpsc::Sender<Event>, optional_patience: Duration) {
     let (out, mut signals) = mpsc::channel(SIGNALS);
     let mut watches = JoinSet::new();
     watches.spawn(
@@ -145,21 +155,19 @@ pub async fn run(client: Client, events: mpsc::Sender<Event>) {
         }
         .run(),
     );
-    let mut intake = Intake::default();
+    let mut intake = Intake::new(optional_patience);
     let mut ready = Vec::new();
     let Ok(()) = events.send(Event::NotSynced(intake.waiting_for())).await else { return };
     loop {
-        let received = tokio::select! {
-            received = signals.recv_many(&mut ready, SIGNALS) => received,
+        tokio::select! {
+            received = signals.recv_many(&mut ready, SIGNALS) => if received == 0 { return },
+            () = intake.patience_ends() => {}
             () = events.closed() => return,
             // A watch ends by itself only where it panics, and the others alone are no source.
             Some(Err(ended)) = watches.join_next() => match ended.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
                 Err(_) => return,
             },
-        };
-        if received == 0 {
-            return;
         }
         for event in intake.digest(ready.drain(..)) {
             let Ok(()) = events.send(event).await else { return };
@@ -189,7 +197,8 @@ impl Which {
         }
     }
 
-    /// The state is complete also where the API server has no such thing, or keeps it to itself.
+    /// The state is complete also where the API server has no such thing, keeps it to itself or
+    /// does not come up with it.
     fn is_optional(self) -> bool {
         self == Which::ServiceCidrs
     }
@@ -254,25 +263,49 @@ struct Intake {
     names: Interner,
     deletions: u32,
     batch: Batch,
-    /// Resources without a complete first list, each with what is wrong, if anything is.
+    /// Resources whose first list is waited for, each with what is wrong, if anything is.
     missing: BTreeMap<Which, Option<String>>,
+    optional_patience: Duration,
+    /// When it is over: known once only what is optional is missing.
+    patience_ends: Option<Instant>,
     told_alive: Option<Instant>,
 }
 
-impl Default for Intake {
-    fn default() -> Self {
+impl Intake {
+    fn new(optional_patience: Duration) -> Self {
         Self {
             trackers: ["Service", "EndpointSlice", "Node", "ServiceCIDR"].map(Tracker::new),
             names: Interner::default(),
             deletions: 0,
             batch: Batch::default(),
             missing: Which::ALL.into_iter().map(|which| (which, None)).collect(),
+            optional_patience,
+            patience_ends: None,
             told_alive: None,
         }
     }
-}
 
-impl Intake {
+    /// Returns when what is missing is not waited for any longer; never where it is.
+    async fn patience_ends(&self) {
+        match self.patience_ends {
+            Some(end) => tokio::time::sleep_until(end.into()).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Goes on without what is optional once everything else has been there for long enough.
+    fn do_without(&mut self, now: Instant) {
+        if self.missing.is_empty() || self.missing.keys().any(|which| !which.is_optional()) {
+            self.patience_ends = None;
+            return;
+        }
+        if now >= *self.patience_ends.get_or_insert_with(|| now + self.optional_patience) {
+            tracing::warn!("going on without: {}", self.waiting_for());
+            self.missing.clear();
+            self.patience_ends = None;
+        }
+    }
+
     /// What is to be told because of these signals.
     fn digest(&mut self, signals: impl Iterator<Item = Signal<Read>>) -> Vec<Event> {
         let was_waiting = !self.missing.is_empty();
@@ -282,6 +315,7 @@ impl Intake {
             alive |= !matches!(signal.news, News::Failing(_) | News::Absent { .. });
             self.signal(signal);
         }
+        self.do_without(Instant::now());
         alive &= self.told_alive.is_none_or(|told| told.elapsed() >= ALIVE_EVERY);
         let synced = was_waiting && self.missing.is_empty();
         let mut events = Vec::new();
@@ -290,7 +324,7 @@ impl Intake {
             events.extend(self.batch.finish().map(Event::Changes));
         }
         if synced {
-            tracing::info!("every first list is complete");
+            tracing::info!("every list that is waited for is complete");
             events.push(Event::Synced);
         } else if self.missing != was_missing {
             events.push(Event::NotSynced(self.waiting_for()));

@@ -17,10 +17,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::watch::{News, Signal};
-use super::{Intake, Read, Which, client, run};
+use super::{Intake, Read, Which, client, run_with};
 use crate::{Changes, Event, convert};
 
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than a test waits for anything.
+const FOREVER: Duration = Duration::from_secs(3_600);
 
 /// A request for Services that waits for its answer.
 struct Asked {
@@ -97,7 +99,7 @@ fn service(name: &str, port: u16, revision: &str) -> Value {
 #[derive(Clone)]
 struct Server {
     requests: mpsc::UnboundedSender<Asked>,
-    /// 200 = it has one, `kubernetes`.
+    /// 200 = it has one, `kubernetes`; 0 = it does not answer.
     cidrs: Arc<AtomicU16>,
 }
 
@@ -112,11 +114,11 @@ struct Fake {
 impl Fake {
     /// EndpointSlices and Nodes are listed at once and never change. There are no ServiceCIDRs.
     async fn start() -> Self {
-        Self::start_with(404).await
+        Self::start_with(404, PATIENCE).await
     }
 
-    /// The same, with this answer for ServiceCIDRs.
-    async fn start_with(cidrs: u16) -> Self {
+    /// The same, with this answer for ServiceCIDRs and this patience for them.
+    async fn start_with(cidrs: u16, patience: Duration) -> Self {
         let cidrs = Arc::new(AtomicU16::new(cidrs));
         let (requests, asked) = mpsc::unbounded_channel();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -126,7 +128,7 @@ impl Fake {
         server.spawn(async move { axum::serve(listener, app).await.unwrap() });
         let config = kube::Config::new(format!("http://{address}").parse().unwrap());
         let (out, events) = mpsc::channel(16);
-        server.spawn(run(client(config).unwrap(), out));
+        server.spawn(run_with(client(config).unwrap(), out, patience));
         Self { cidrs, asked, events, _server: server }
     }
 
@@ -202,7 +204,9 @@ async fn answer(
 ) -> Response {
     let cidrs = server.cidrs.load(Ordering::SeqCst);
     let of_cidrs = request.uri().path() == "/apis/networking.k8s.io/v1/servicecidrs";
-    let answer = if of_cidrs && cidrs != 200 {
+    let answer = if of_cidrs && cidrs == 0 {
+        std::future::pending().await
+    } else if of_cidrs && cidrs != 200 {
         Answer::Whole(cidrs, json!("404 page not found"))
     } else if request.uri().path() == "/api/v1/services" {
         let (answer, answered) = oneshot::channel();
@@ -408,7 +412,7 @@ async fn a_broken_object_is_in_quarantine_and_the_rest_goes_on() {
 #[tokio::test]
 async fn goes_on_without_service_cidrs_and_takes_them_up_when_there_are_any() {
     for code in [404, 403] {
-        let mut fake = Fake::start_with(code).await;
+        let mut fake = Fake::start_with(code, FOREVER).await;
         let stream = fake.asked().await.stream();
         stream.listed("10");
         fake.synced().await;
@@ -420,8 +424,8 @@ async fn goes_on_without_service_cidrs_and_takes_them_up_when_there_are_any() {
 }
 
 #[tokio::test]
-async fn waits_for_service_cidrs_that_there_may_be() {
-    let mut fake = Fake::start_with(500).await;
+async fn service_cidrs_that_are_only_slower_are_part_of_the_first_state() {
+    let mut fake = Fake::start_with(500, FOREVER).await;
     fake.asked().await.stream().listed("10");
     fake.not_synced("the first list of servicecidrs is not there: ").await;
     fake.cidrs.store(200, Ordering::SeqCst);
@@ -429,9 +433,34 @@ async fn waits_for_service_cidrs_that_there_may_be() {
     fake.synced().await;
 }
 
+#[tokio::test]
+async fn service_cidrs_that_fail_or_hang_keep_nothing_from_being_served() {
+    for code in [500, 503, 429, 0] {
+        let mut fake = Fake::start_with(code, Duration::from_millis(50)).await;
+        let stream = fake.asked().await.stream();
+        stream.listed("10");
+        fake.synced().await;
+        stream.added("a", 80, "11");
+        assert_eq!(names(&fake.changes().await), expected(&["a"], &[]));
+        if code != 0 {
+            fake.cidrs.store(200, Ordering::SeqCst);
+            assert_eq!(names(&fake.changes().await), (vec!["kubernetes".to_owned()], vec![]), "{code}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn no_patience_goes_on_without_what_is_not_optional() {
+    let mut fake = Fake::start_with(500, Duration::ZERO).await;
+    fake.asked().await.fail(500, "etcd has no leader");
+    fake.not_synced("etcd has no leader (500)").await;
+    fake.asked().await.stream().listed("10");
+    fake.synced().await;
+}
+
 #[test]
 fn service_cidrs_stay_while_it_is_not_certain_that_they_are_gone() {
-    let mut intake = Intake::default();
+    let mut intake = Intake::new(PATIENCE);
     let mut digest = |news| {
         let signal = Signal { which: Which::ServiceCidrs, news };
         let told = intake.digest([signal].into_iter()).into_iter().find_map(|event| match event {
@@ -460,7 +489,7 @@ fn applied(name: &str, at: Option<&str>) -> Signal<Read> {
 
 #[test]
 fn what_is_ready_is_told_at_once_with_its_oldest_cause() {
-    let mut intake = Intake::default();
+    let mut intake = Intake::new(PATIENCE);
     let ready = [
         applied("c", Some("1970-01-01T00:00:07Z")),
         applied("b", Some("1970-01-01T00:00:05.000000005Z")),
@@ -486,7 +515,7 @@ fn what_is_ready_is_told_at_once_with_its_oldest_cause() {
 
 #[test]
 fn a_bookmark_is_a_sign_of_life() {
-    let mut intake = Intake::default();
+    let mut intake = Intake::new(PATIENCE);
     let bookmark = || Signal { which: Which::Nodes, news: News::Revision("9".into()) };
     let events = intake.digest([bookmark()].into_iter());
     let [Event::Changes(changes), Event::Alive] = &events[..] else { panic!("{events:?}") };

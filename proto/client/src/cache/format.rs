@@ -11,6 +11,7 @@ use lockstep_wire::batch::{TooLarge, UpdateWriter};
 use lockstep_wire::frame::Frame;
 use lockstep_wire::{batch, convert, raw, v1};
 
+use super::honest;
 use crate::Position;
 use crate::session::{Change, Held, Replay};
 
@@ -28,6 +29,8 @@ pub(super) struct Loaded {
     pub(super) base_bytes: u64,
     /// Bytes of the file up to and with the last commit.
     pub(super) good_bytes: u64,
+    /// The file has resources of kinds that this release does not know.
+    pub(super) passed_over: bool,
 }
 
 /// Reads a file. `None` where there is none, or none that is of use; that is logged.
@@ -40,14 +43,21 @@ pub(super) fn load(path: &Path, node_name: &str) -> io::Result<Option<Loaded>> {
     let saved_at = fs::metadata(path).and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
     let total = bytes.len();
     match parse(bytes, node_name) {
-        Ok(Parsed { held, base_bytes, good_bytes, ended }) => {
+        Ok(Parsed { held, base_bytes, good_bytes, passed_over, ended }) => {
             if let Some(why) = ended {
                 tracing::warn!(
                     path = %path.display(), why, good_bytes, total_bytes = total,
                     "the cache ends in something unreadable, using what is before it"
                 );
             }
-            Ok(Some(Loaded { held, saved_at, base_bytes: base_bytes as u64, good_bytes: good_bytes as u64 }))
+            if passed_over {
+                tracing::warn!(
+                    path = %path.display(),
+                    "the cache is of a newer release: kinds of resources that this one does not know are left out"
+                );
+            }
+            let (base_bytes, good_bytes) = (base_bytes as u64, good_bytes as u64);
+            Ok(Some(Loaded { held, saved_at, base_bytes, good_bytes, passed_over }))
         }
         Err(why) => {
             tracing::warn!(path = %path.display(), why, "the cache is of no use, starting with nothing");
@@ -60,6 +70,7 @@ struct Parsed {
     held: Held,
     base_bytes: usize,
     good_bytes: usize,
+    passed_over: bool,
     /// What ended the reading before the end.
     ended: Option<String>,
 }
@@ -100,9 +111,12 @@ fn parse(bytes: Bytes, node_name: &str) -> Result<Parsed, String> {
     };
     let (position, base_bytes, good_bytes) =
         good.ok_or_else(|| ended.clone().unwrap_or("it holds no state".to_owned()))?;
-    let held = Held { state: replay.into_state(), position, node, names: interner };
+    let state = replay.into_state();
+    let passed_over = state.digest() != position.digest;
+    let position = honest(position, state.digest());
+    let held = Held { state, position, node, names: interner };
     let ended = ended.or_else(|| (good_bytes < bytes.len()).then(|| "a commit is missing".to_owned()));
-    Ok(Parsed { held, base_bytes, good_bytes, ended })
+    Ok(Parsed { held, base_bytes, good_bytes, passed_over, ended })
 }
 
 fn check_header(rest: &mut Bytes, node_name: &str) -> Result<(), String> {
@@ -161,7 +175,7 @@ fn checksum(length: [u8; 4], body: &[u8]) -> Version {
     Version::of(&both)
 }
 
-fn push_record(out: &mut Vec<u8>, frame: &Frame) {
+pub(super) fn push_record(out: &mut Vec<u8>, frame: &Frame) {
     out.extend_from_slice(&record_prefix(frame.bytes()));
     out.extend_from_slice(frame.bytes());
 }

@@ -3,7 +3,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lockstep_model::{Key, NodeContext, State};
+use lockstep_model::{Key, NodeContext, State, Version};
+use lockstep_wire::frame::Frame;
+use lockstep_wire::{convert, v1};
 
 use super::{Cache, CacheError, LOG, Restored, format};
 use crate::Position;
@@ -100,6 +102,90 @@ fn what_belongs_to_no_service_is_kept_beside_the_rest() {
     assert_eq!((restored.position, restored.state.digest()), (position(6, &state), state.digest()));
     let held: Vec<_> = restored.state.service_cidrs().map(|(version, _)| version).collect();
     assert_eq!(held, [service_cidr(1, 2).version()]);
+}
+
+/// A resource of a kind that only a newer release knows: this is what is read of one, because a field
+/// whose number is not known is passed over.
+fn unknown() -> v1::Resource {
+    v1::Resource { version: vec![7; 16].into(), body: None }
+}
+
+fn wire(resource: &lockstep_model::Resource) -> v1::Resource {
+    convert::resource_to_wire(resource.version(), resource)
+}
+
+/// A record with one transaction.
+fn record(to: Position, full: bool, upserts: Vec<v1::Resource>) -> Vec<u8> {
+    let batch = v1::ResourceBatch { upserts, ..Default::default() };
+    let update = v1::Update {
+        to: Some(to.to_wire(0)),
+        full,
+        commit: true,
+        payload: Some(v1::update::Payload::Batch(batch)),
+        ..Default::default()
+    };
+    let mut record = Vec::new();
+    let kind = Some(v1::sync_response::Kind::Update(update));
+    format::push_record(&mut record, &Frame::of(&v1::SyncResponse { kind }));
+    record
+}
+
+#[test]
+fn what_only_a_newer_release_knows_is_passed_over() {
+    for full in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        written(directory.path());
+        let path = directory.path().join(LOG);
+        let (mut bytes, mut state) = if full {
+            (format::header("node-a"), State::default())
+        } else {
+            (fs::read(&path).unwrap(), reopen(directory.path()).unwrap().held.state)
+        };
+        let mut newest = vec![unknown()];
+        for resource in [service(5, 1), endpoints(5, &[1])] {
+            newest.push(wire(&resource));
+            state.upsert(resource.version(), resource);
+        }
+        // In the newer release's digest there is one more resource.
+        let newer = |seq, state: &State| {
+            let mut digest = state.digest();
+            digest.add(&Key::ServiceCidr(cidr_key(77)), Version([7; 16]));
+            Position { epoch: 7, seq, digest }
+        };
+        bytes.extend(record(newer(5, &state), full, newest));
+        let after = service(6, 1);
+        state.upsert(after.version(), after.clone());
+        format::change_records(&mut bytes, &[upsert(after)], newer(6, &state), 0).unwrap();
+        fs::write(&path, &bytes).unwrap();
+
+        let (mut cache, restored) = Cache::open(directory.path(), "node-a").unwrap();
+        let restored = restored.unwrap();
+        assert!(!restored.outdated);
+        assert_eq!(restored.held.state.digest(), state.digest(), "full: {full}");
+        let no_history = Position { digest: state.digest(), ..Position::default() };
+        assert_eq!(restored.held.position, no_history, "the server must not take it for its own");
+
+        commit(&mut cache, &mut state, 8, vec![upsert(service(8, 1))]);
+        drop(cache);
+        assert_eq!(reopen(directory.path()).unwrap().held.position, position(8, &state));
+        let now = fs::read(&path).unwrap();
+        assert!(!now.starts_with(&bytes), "it was added to, and is of no use to the newer release");
+    }
+}
+
+#[test]
+fn damage_is_not_passed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let positions = written(directory.path());
+    let path = directory.path().join(LOG);
+    let mut bytes = fs::read(&path).unwrap();
+    let last = *positions.last().unwrap();
+    let mut state = reopen(directory.path()).unwrap().held.state;
+    state.upsert(service(5, 1).version(), service(5, 1));
+    let damaged = v1::Resource { version: vec![1; 16].into(), ..wire(&service(5, 1)) };
+    bytes.extend(record(position(5, &state), false, vec![unknown(), damaged]));
+    fs::write(&path, &bytes).unwrap();
+    assert_eq!(reopen(directory.path()).unwrap().held.position, last);
 }
 
 /// Cut anywhere, the file gives one of the states that were committed, or nothing.

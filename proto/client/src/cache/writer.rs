@@ -84,7 +84,11 @@ impl Writer {
             writer.position = loaded.held.position;
             writer.node = loaded.held.node.clone();
             let path = writer.files.named(writer.progress.is_outdated());
-            writer.file = reopen(path, loaded.good_bytes).ok();
+            // A transaction that follows what was passed over would add up here only, and not for
+            // the release that wrote it.
+            if !loaded.passed_over {
+                writer.file = reopen(path, loaded.good_bytes).ok();
+            }
             writer.base = loaded.base_bytes;
             writer.growth = loaded.good_bytes - loaded.base_bytes;
         }

@@ -66,6 +66,12 @@ impl Fault {
         };
         Self { failure, lost: false }
     }
+
+    /// True where it is of a kind that this release does not have: no other failure without a key
+    /// has this reason.
+    pub(super) fn is_of_unknown_kind(&self) -> bool {
+        self.failure.key.is_none() && self.failure.reason == FailureReason::Unsupported
+    }
 }
 
 /// Every such resource: at most one fault per key, and those that have not even a key.

@@ -10,15 +10,20 @@ use super::transaction::{Held, Transaction};
 use crate::Position;
 
 /// Rebuilds a state from updates that build on each other, outside any stream: for what was
-/// kept of one. Accepts only what adds up.
+/// kept of one. Accepts only what adds up, but for resources of a kind that a newer release wrote
+/// and this one does not have: they are passed over, as on a stream.
 #[derive(Default)]
 pub(crate) struct Replay {
     state: State,
+    /// Of unknown kinds only: without key and version they are missing from the digest, so that of
+    /// what is held is no longer the announced one.
+    passed_over: Faults,
     staged: Option<Transaction>,
 }
 
 impl Replay {
-    /// Takes an update in; returns the position where it commits.
+    /// Takes an update in; returns the position where it commits. What is held there has another
+    /// digest where something was passed over.
     pub(crate) fn update(
         &mut self,
         update: raw::Update,
@@ -37,12 +42,12 @@ impl Replay {
             self.staged = Some(transaction);
             return Ok(None);
         }
-        if let Some(why) = transaction.fault() {
-            // Damage that a digest would explain away is damage all the same.
+        if let Some(why) = transaction.damage() {
+            // Damage that a fault would explain away is damage all the same.
             return Err(why.to_owned());
         }
         transaction
-            .commit(&mut self.state, &mut Faults::default())
+            .commit(&mut self.state, &mut self.passed_over)
             .map_err(|digest| format!("a transaction adds up to {digest}, not to {}", to.digest))?;
         Ok(Some(to))
     }

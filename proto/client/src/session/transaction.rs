@@ -109,9 +109,10 @@ impl Transaction {
         Ok(())
     }
 
-    /// What is wrong with the first resource that was not taken in.
-    pub(super) fn fault(&self) -> Option<&str> {
-        self.faults.first().map(|fault| &*fault.failure.message)
+    /// What is wrong with the first resource that was not taken in though its kind is known.
+    pub(super) fn damage(&self) -> Option<&str> {
+        let damaged = self.faults.iter().find(|fault| !fault.is_of_unknown_kind());
+        damaged.map(|fault| &*fault.failure.message)
     }
 
     fn unpack(&mut self, payload: raw::update::Payload) -> Result<raw::ResourceBatch, batch::UnpackError> {
