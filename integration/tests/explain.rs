@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,6 +21,13 @@ const TRIES_AT_LEAST: usize = 6;
 const AT_ONCE: usize = 6;
 /// A port that no Service has.
 const NOBODYS_PORT: u16 = 81;
+/// In the ServiceCIDR, and no Service's.
+const UNALLOCATED: [&str; 2] = ["10.96.0.99:80", "[fd00:96::99]:80"];
+/// An external IP of the first Service that is an address of node 2.
+const AT_NODE2: &str = "10.200.0.12:80";
+
+const SERVICE_CIDR: &str = "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: kubernetes}\n\
+                            spec: {cidrs: [10.96.0.0/16, 'fd00:96::/112']}\n";
 
 const READY: &str = "conditions: {ready: true}";
 const DRAINING: &str = "conditions: {ready: false, serving: true, terminating: true}";
@@ -80,10 +87,11 @@ const fn served(
 impl Served {
     fn manifest(&self) -> String {
         let n = self.number;
+        let at_node2 = if n == 1 { ", 10.200.0.12" } else { "" };
         let mut text = format!(
             "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{n}, namespace: default, uid: uid-{n}}}\n\
              spec:\n  type: LoadBalancer\n  clusterIP: 10.96.0.{n}\n  clusterIPs: [10.96.0.{n}, 'fd00:96::{n}']\n  \
-             ipFamilies: [IPv4, IPv6]\n  externalIPs: [192.0.2.{}]\n  internalTrafficPolicy: {}\n  \
+             ipFamilies: [IPv4, IPv6]\n  externalIPs: [192.0.2.{}{at_node2}]\n  internalTrafficPolicy: {}\n  \
              externalTrafficPolicy: {}\n  {}\n  ports:\n  - {{name: tcp, port: 80, nodePort: {}}}\n  \
              - {{name: udp, port: 53, protocol: UDP, nodePort: {}}}\n\
              status:\n  loadBalancer:\n    ingress: [{{ip: 192.0.2.{n}}}, {{ip: 198.51.100.{n}}}, {{ip: '2001:db8:2::{n}'}}]\n",
@@ -134,6 +142,8 @@ impl Served {
                 format!("[fd00:96::{n}]:80"),
                 format!("[2001:db8:2::{n}]:80"),
                 format!("[fd00:200::12]:{}", self.node_port()),
+                format!("127.0.0.1:{}", self.node_port()),
+                format!("[::1]:{}", self.node_port()),
                 format!("10.96.0.{n}:{NOBODYS_PORT}"),
                 format!("192.0.2.{n}:{NOBODYS_PORT}"),
             ] {
@@ -186,9 +196,25 @@ impl Question {
         }
     }
 
+    /// False where the packet comes to no node that is asked: nobody but a node reaches its own
+    /// loopback addresses, and what node 1 sends to a Service's address it translates itself.
+    fn is_asked(self) -> bool {
+        match self.to.ip().is_loopback() {
+            true => matches!(self.from, Place::Node(_)),
+            false => {
+                self.to.to_string() != AT_NODE2 || !matches!(self.from, Place::Node(1) | Place::Pod(1, _))
+            }
+        }
+    }
+
+    /// Who talks to a loopback address has it.
+    fn client(self) -> IpAddr {
+        if self.to.ip().is_loopback() { self.to.ip() } else { self.from.address(self.family()) }
+    }
+
     fn explain(self, product: &Product) -> Result<Value> {
         let node = Place::Node(self.decider()).to_string();
-        let from = self.from.address(self.family()).to_string();
+        let from = self.client().to_string();
         let transport = if self.transport == Transport::Tcp { "tcp" } else { "udp" };
         let line =
             ["explain", "-o", "json", "--node", &node, "--from", &from, transport, &self.to.to_string()];
@@ -266,7 +292,7 @@ impl Question {
         let Outcome::Answered { by, source } = outcome else { bail!("{outcome}") };
         let sees_client = wanted.get(by).with_context(|| format!("{outcome}"))?;
         let right = match sees_client {
-            true => *source == self.from.address(self.family()),
+            true => *source == self.client(),
             false => Place::Node(self.decider()).owns(*source),
         };
         ensure!(right, "{outcome}");
@@ -284,18 +310,25 @@ fn what_is_explained_is_what_packets_do() -> Result<()> {
     let mut product = Product::new(Lab::new(2, 2)?, &[Mode::Nftables, Mode::IptablesLegacy])?;
     product.write_manifest("nodes.yaml", &product.node_manifest())?;
     product.write_manifest("services.yaml", &SERVED.iter().map(Served::manifest).collect::<String>())?;
+    product.write_manifest("cidr.yaml", SERVICE_CIDR)?;
     product.start()?;
     let quarantined = product.list_failures()?.quarantined;
     ensure!(quarantined.is_empty(), "what this test made up is wrong: {quarantined:?}");
 
     let places: Vec<Place> =
         product.lab.pods().chain([Place::Node(1), Place::Node(2), Place::Outside]).collect();
-    let mut questions = Vec::new();
+    let mut destinations = Vec::new();
     for served in SERVED {
-        for (transport, to) in served.destinations()? {
-            questions.extend(places.iter().map(|from| Question { from: *from, transport, to }));
-        }
+        destinations.extend(served.destinations()?);
     }
+    for to in UNALLOCATED.into_iter().chain([AT_NODE2]) {
+        destinations.push((Transport::Tcp, to.parse()?));
+    }
+    let mut questions = Vec::new();
+    for (transport, to) in destinations {
+        questions.extend(places.iter().map(|from| Question { from: *from, transport, to }));
+    }
+    questions.retain(|question| question.is_asked());
     let (count, product) = (questions.len(), &product);
     let (queue, results) = (Mutex::new(questions), Mutex::new((Vec::new(), BTreeMap::new())));
     std::thread::scope(|scope| {
@@ -323,6 +356,11 @@ fn what_is_explained_is_what_packets_do() -> Result<()> {
             );
         }
     }
+    for (node, what) in
+        [(1, "Dropped: unallocated"), (2, "LeftAlone: unallocated"), (2, "Forwarded: loopback")]
+    {
+        ensure!(shown.contains_key(&(node, what.to_owned())), "node{node}: never {what}: {shown:?}");
+    }
     Ok(())
 }
 
@@ -330,7 +368,7 @@ fn next(queue: &Mutex<Vec<Question>>) -> Option<Question> {
     queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop()
 }
 
-/// Asks and sends. Returns the verdict that was shown.
+/// Asks and sends. Returns the verdict that was shown, and of what where that is rare.
 fn ask(question: Question, product: &Product) -> Result<String> {
     let Question { from, transport, to } = question;
     let context = || format!("{from} -> {to} {transport:?} at node{}", question.decider());
@@ -340,5 +378,11 @@ fn ask(question: Question, product: &Product) -> Result<String> {
         return Ok("Lost".into());
     }
     question.shown(product, &said).with_context(|| format!("explained: {said:?}")).with_context(context)?;
-    Ok(answer["verdict"].as_str().unwrap_or_default().into())
+    let verdict = answer["verdict"].as_str().unwrap_or_default();
+    let unallocated = answer["reason"].as_str().is_some_and(|reason| reason.contains("is in a ServiceCIDR"));
+    Ok(match (to.ip().is_loopback(), unallocated) {
+        (true, _) => format!("{verdict}: loopback"),
+        (_, true) => format!("{verdict}: unallocated"),
+        _ => verdict.into(),
+    })
 }

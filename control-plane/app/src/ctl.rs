@@ -21,6 +21,7 @@ mod tests;
 mod view;
 
 use args::Args;
+use output::one_line;
 
 /// Why a command did not succeed, and its exit code.
 #[derive(Debug)]
@@ -109,12 +110,16 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 fn report(failure: &Failure) -> ExitCode {
-    let mut stderr = std::io::stderr();
-    let _ = match failure {
-        Failure::Error(error) => writeln!(stderr, "error: {error:#}"),
-        Failure::Usage(text) => writeln!(stderr, "error: {text}\n\nFor more information, try '--help'."),
-        Failure::NotFound(text) => writeln!(stderr, "error: {text}"),
-        Failure::TimedOut => writeln!(stderr, "error: timed out"),
-    };
+    let _ = writeln!(std::io::stderr(), "error: {}", message(failure));
     ExitCode::from(failure.code())
+}
+
+/// For people. Some of it comes from the server and from nodes.
+fn message(failure: &Failure) -> String {
+    match failure {
+        Failure::Error(error) => one_line(&format!("{error:#}")),
+        Failure::Usage(text) => format!("{}\n\nFor more information, try '--help'.", one_line(text)),
+        Failure::NotFound(text) => one_line(text),
+        Failure::TimedOut => "timed out".into(),
+    }
 }

@@ -9,7 +9,6 @@ use lockstep_view::trace::{Masquerade, Packet, Trace, Verdict};
 use lockstep_view::{Action, DetectLocal, ForwardingPlan, Surface, View, ViewConfig};
 use lockstep_wire::convert;
 use lockstep_wire::v1;
-use lockstep_wire::v1::resource::Body;
 use lockstep_wire::v1::status_service_client::StatusServiceClient;
 use lockstep_wire::v1::sync_service_client::SyncServiceClient;
 use tonic::transport::Channel;
@@ -187,19 +186,9 @@ async fn snapshot(mut sync: SyncServiceClient<Channel>) -> Result<State> {
     let (mut interner, mut state) = (Interner::default(), State::default());
     while let Some(part) = parts.message().await? {
         for resource in part.batch.unwrap_or_default().upserts {
-            let version = convert::version_from_wire("version", &resource.version)?;
-            match resource.body {
-                Some(Body::Service(service)) => {
-                    state.upsert(version, convert::service_from_wire(&service, &mut interner)?.into());
-                }
-                Some(Body::EndpointSet(set)) => {
-                    state.upsert(version, convert::endpoint_set_from_wire(&set, &mut interner)?.into());
-                }
-                Some(Body::ServiceCidr(cidr)) => {
-                    state.upsert(version, convert::service_cidr_from_wire(&cidr, &mut interner)?.into());
-                }
-                None => {}
-            }
+            let read = convert::resource_from_wire(&resource, &mut interner)?;
+            let (version, resource) = read.context("a resource of no known kind")?;
+            state.upsert(version, resource);
         }
     }
     Ok(state)

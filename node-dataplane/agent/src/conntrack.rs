@@ -115,6 +115,10 @@ impl FollowUp for Cutter {
                         waiting.services.insert(key.clone(), service.cloned());
                     }
                 }
+                if waits {
+                    let others = stale::entangled(plan, changed).filter(|it| !failed(&it.key));
+                    waiting.services.extend(others.map(|it| (it.key.clone(), Some(it.clone()))));
+                }
                 waits
             }
         };

@@ -253,6 +253,13 @@ impl Frontend {
             Source::Elsewhere => self.from_elsewhere,
         }
     }
+
+    /// True where every class of sources is forwarded.
+    pub fn forwards_all(&self) -> bool {
+        [self.from_pod, self.from_node, self.from_elsewhere]
+            .iter()
+            .all(|action| matches!(action, Action::Forward { .. }))
+    }
 }
 
 impl PortPlan {

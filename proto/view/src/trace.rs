@@ -3,6 +3,12 @@
 //! Plain and slow on purpose (it looks at every Service), and independent of every backend. So it
 //! serves two: people, who want to know what a node is meant to do, and tests, which compare it
 //! with what a kernel does with packets.
+//!
+//! One thing is not in it: where the plan refuses or drops a packet to an address of a Service at
+//! which node ports answer too, the rules may find a node port of the same number, as kube-proxy's
+//! do. Without an endpoint they have nothing for the address in any mode; by policy or source
+//! ranges, nothing in iptables mode, while nftables mode drops. [`ForwardingPlan::node_port_behind`]
+//! says whose node port that is.
 
 use std::net::IpAddr;
 
@@ -106,14 +112,14 @@ pub enum Masquerade {
 }
 
 impl ForwardingPlan {
-    /// Follows a packet. `local` are the addresses local to the node, loopback ones among them,
-    /// as far as they are known: by them the node's own packets and, with
-    /// [`NodePortScope::AllLocal`], its node ports are told.
+    /// Follows a packet. `local` are the addresses local to the node, as far as they are known: by
+    /// them the node's own packets and, with [`NodePortScope::AllLocal`], its node ports are told.
+    /// Loopback addresses need not be among them.
     pub fn trace(&self, packet: &Packet, local: &[IpAddr]) -> Trace<'_> {
         let (source, told_by) = self.node.classify(packet, local);
         let matched = self.frontend(packet, local);
         let verdict = match &matched {
-            None => self.beside(packet.destination),
+            None => self.beside(packet),
             Some(it) if !it.frontend.allows(packet.source) => Verdict::SourceRefused,
             Some(it) => Verdict::Decided(it.frontend.action(source)),
         };
@@ -132,20 +138,47 @@ impl ForwardingPlan {
             return None;
         }
         let by_address = |surface: Surface| surface.address() == Some(packet.destination);
-        let node_ports = self.node.has_node_ports_at(packet.destination, local);
-        let by_node_port = |surface: Surface| node_ports && surface == Surface::NodePort;
-        self.find(packet, by_address).or_else(|| self.find(packet, by_node_port))
+        self.find(packet, by_address).or_else(|| self.node_port(packet, local))
+    }
+
+    /// The node port that a packet is for, whoever has its destination as an address. Those at
+    /// loopback addresses are for the node itself.
+    fn node_port(&self, packet: &Packet, local: &[IpAddr]) -> Option<Match<'_>> {
+        let here = self.node.has_node_ports_at(packet.destination, local)
+            && (!packet.destination.is_loopback() || is_local(packet.source, local));
+        here.then(|| self.find(packet, |surface| surface == Surface::NodePort)).flatten()
+    }
+
+    /// The node port that may decide about a packet although the plan refuses or drops it, as the
+    /// head of this module says; `None` = there is none, or the packet is neither refused nor
+    /// dropped at an address of a Service.
+    pub fn node_port_behind(&self, packet: &Packet, local: &[IpAddr]) -> Option<Match<'_>> {
+        let trace = self.trace(packet, local);
+        let refused =
+            matches!(trace.verdict, Verdict::SourceRefused | Verdict::Decided(Action::Reject | Action::Drop));
+        trace.matched.filter(|it| refused && it.frontend.surface != Surface::NodePort)?;
+        self.node_port(packet, local)
     }
 
     /// What becomes of a packet to no frontend.
-    fn beside(&self, destination: IpAddr) -> Verdict {
-        if self.services.values().any(|service| service.cluster_ips.contains(&destination)) {
+    fn beside(&self, packet: &Packet) -> Verdict {
+        let destination = packet.destination;
+        if Family::of(packet.source) != Family::of(destination) {
+            return Verdict::LeftAlone;
+        }
+        if self.with_cluster_ip(destination).is_some() {
             return Verdict::OtherPort;
         }
         match self.node.service_cidrs.iter().any(|range| range.contains(&destination)) {
             true => Verdict::Unallocated,
             false => Verdict::LeftAlone,
         }
+    }
+
+    /// The Service that has a cluster IP, at whatever port.
+    pub fn with_cluster_ip(&self, address: IpAddr) -> Option<&ServiceKey> {
+        let mut services = self.services.values();
+        services.find(|service| service.cluster_ips.contains(&address)).map(|service| &service.key)
     }
 
     fn find(&self, packet: &Packet, wanted: impl Fn(Surface) -> bool) -> Option<Match<'_>> {
@@ -160,6 +193,11 @@ impl ForwardingPlan {
             Some(Match { service, port, frontend })
         })
     }
+}
+
+/// Every loopback address is the node's: all of 127.0.0.0/8, and ::1.
+fn is_local(address: IpAddr, local: &[IpAddr]) -> bool {
+    address.is_loopback() || local.contains(&address)
 }
 
 impl NodePlan {
@@ -179,19 +217,19 @@ impl NodePlan {
         });
         match pod {
             Some(told_by) => (Source::Pod, told_by),
-            None if local.contains(&packet.source) => (Source::Node, ToldBy::LocalAddress),
+            None if is_local(packet.source, local) => (Source::Node, ToldBy::LocalAddress),
             None => (Source::Elsewhere, ToldBy::Nothing),
         }
     }
 
-    /// True where node ports answer at an address.
+    /// True where node ports answer at an address; at a loopback address, to the node itself alone.
     pub fn has_node_ports_at(&self, address: IpAddr, local: &[IpAddr]) -> bool {
-        if address.is_loopback() && !self.localhost_node_ports {
+        let family = Family::of(address);
+        if address.is_loopback() && !self.has_localhost_node_ports(family) {
             return false;
         }
-        match self.node_ports(Family::of(address)) {
-            NodePortScope::AllLocal if address.is_loopback() => address.is_ipv4(),
-            NodePortScope::AllLocal => local.contains(&address),
+        match self.node_ports(family) {
+            NodePortScope::AllLocal => is_local(address, local),
             NodePortScope::Addresses(addresses) => addresses.contains(&address),
         }
     }

@@ -47,6 +47,45 @@ pub fn service_cidr_from_wire(
     decode_service_cidr(&message.encode_to_vec(), interner)
 }
 
+/// A resource in a typed message cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{object}: {fault}")]
+pub struct UnreadableResource {
+    /// Kind and name, as the message has them: `Service default/web`.
+    pub object: String,
+    /// What is wrong with it.
+    pub fault: DecodeError,
+}
+
+/// The resource of a typed message with its version, as [`service_from_wire`]; `None` = of a kind
+/// that this release does not know.
+pub fn resource_from_wire(
+    message: &v1::Resource,
+    interner: &mut Interner,
+) -> Result<Option<(Version, Resource)>, UnreadableResource> {
+    let Some(body) = &message.body else { return Ok(None) };
+    let mut read = || {
+        let version = version_from_wire("version", &message.version)?;
+        let resource = match body {
+            v1::resource::Body::Service(service) => service_from_wire(service, interner)?.into(),
+            v1::resource::Body::EndpointSet(set) => endpoint_set_from_wire(set, interner)?.into(),
+            v1::resource::Body::ServiceCidr(cidr) => service_cidr_from_wire(cidr, interner)?.into(),
+        };
+        Ok((version, resource))
+    };
+    read().map(Some).map_err(|fault| UnreadableResource { object: object(body), fault })
+}
+
+fn object(body: &v1::resource::Body) -> String {
+    match body {
+        v1::resource::Body::Service(it) => format!("Service {}/{}", it.namespace, it.name),
+        v1::resource::Body::EndpointSet(it) => {
+            format!("EndpointSet {}/{}/{}", it.namespace, it.service, it.slice)
+        }
+        v1::resource::Body::ServiceCidr(it) => format!("ServiceCIDR {}", it.name),
+    }
+}
+
 /// The typed message of a resource with its version.
 pub fn resource_to_wire(version: Version, resource: &Resource) -> v1::Resource {
     let body = match resource {

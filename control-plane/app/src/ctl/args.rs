@@ -16,7 +16,7 @@ use lockstep_wire::v1;
     after_help = "Exit codes: 0 done; 1 no connection, or the server refused; 2 the command line is wrong; 3 there \
                   is no such Service or node; 4 a wait timed out, the output names the nodes that are not done.\n\
                   Every option can also be set by the environment variable named with it; --behind, --failing, \
-                  --count, --node and --from, which say what one call is about, have none.\n\n\
+                  --node, --from, --interface and --count, which say what one call is about, have none.\n\n\
                   Examples:\n  \
                   lockstepctl --server http://127.0.0.1:7443 --insecure status\n  \
                   lockstepctl --server https://control-plane:7443 --ca ca.pem wait default/web --timeout 30s\n  \
@@ -280,6 +280,24 @@ mod tests {
     fn the_command_is_sound() {
         use clap::CommandFactory;
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn options_without_an_environment_variable_are_named() {
+        use clap::CommandFactory;
+        let command = Args::command();
+        let own = command.get_subcommands().chain([&command]).flat_map(clap::Command::get_arguments);
+        let without: Vec<&str> =
+            own.filter(|it| it.get_env().is_none()).filter_map(|it| it.get_long()).collect();
+        let list = |quote: &str| {
+            let names: Vec<String> = without.iter().map(|name| format!("{quote}--{name}{quote}")).collect();
+            let (last, others) = names.split_last().unwrap();
+            format!("{} and {last}", others.join(", "))
+        };
+        let help = command.get_after_help().unwrap().to_string();
+        assert!(help.contains(&format!("; {}, which say", list(""))), "{without:?}\n{help}");
+        let readme = include_str!("../../../../README.md");
+        assert!(readme.contains(&format!("(but for {} of `lockstepctl`", list("`"))), "{without:?}");
     }
 
     #[test]

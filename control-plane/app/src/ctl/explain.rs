@@ -8,7 +8,7 @@
 //! State, view and rules are the node's own code, so what is said here is what a node of this
 //! release does once it has the state; whether it has it, its last report says.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use anyhow::Context;
 use lockstep_model::{Family, Interner, NodeContext, Protocol, Resource, ServiceKey, State, Version};
@@ -17,8 +17,8 @@ use lockstep_view::trace::Packet;
 use lockstep_wire::v1::status_service_client::StatusServiceClient;
 use lockstep_wire::v1::sync_service_client::SyncServiceClient;
 use lockstep_wire::{convert, v1};
-use tonic::Code;
 use tonic::transport::Channel;
+use tonic::{Code, Streaming};
 
 use super::Failure;
 use super::args::{Question, Transport};
@@ -39,7 +39,7 @@ const TRIES: usize = 5;
 /// All that an explanation is made of.
 struct Evidence {
     packet: Packet,
-    /// Addresses local to the node, as far as the control plane knows them.
+    /// Addresses local to the node beside loopback ones, as far as the control plane knows them.
     local: Vec<IpAddr>,
     node: v1::NodeStatus,
     head_seq: u64,
@@ -80,9 +80,16 @@ impl Question {
 /// Answers the question. Reads the Services, then the endpoints of the one that it is about; where
 /// the Service is another one by then, it starts anew.
 pub(super) async fn explain(channel: Channel, question: &Question) -> Result<Explanation, Failure> {
+    explain_with(client::status(channel.clone()), client::sync(channel), question).await
+}
+
+/// The same, with a client for each part.
+pub(super) async fn explain_with(
+    mut status: StatusServiceClient<Channel>,
+    mut sync: SyncServiceClient<Channel>,
+    question: &Question,
+) -> Result<Explanation, Failure> {
     let packet = question.packet().map_err(Failure::Usage)?;
-    let mut status = client::status(channel.clone());
-    let mut sync = client::sync(channel);
     for _ in 0..TRIES {
         let request = v1::GetNodeRequest { node_name: question.node.clone() };
         let node = status.get_node(request).await?.into_inner();
@@ -107,10 +114,9 @@ async fn gather(
     let told = settings::Told::read(&node, &context, response.settings.as_ref())?;
     let mut notes = told.notes.clone();
 
-    let kinds = [v1::ResourceKind::Service, v1::ResourceKind::ServiceCidr].map(i32::from).to_vec();
-    let services = v1::FetchSnapshotRequest { kinds, ..Default::default() };
     let mut interner = Interner::default();
-    let (resources, position) = snapshot(sync, services, &mut interner, &mut notes).await?;
+    let services = fetch_services(sync, &mut notes).await?;
+    let (resources, position) = snapshot(services, &mut interner, &mut notes).await?;
     if position.epoch != head.epoch {
         return Ok(None);
     }
@@ -123,8 +129,7 @@ async fn gather(
     let keys: Vec<ServiceKey> = state.service_keys().cloned().collect();
     view.update(&state, &keys);
 
-    let mut local = context.addresses.clone();
-    local.extend([IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)]);
+    let local = context.addresses.clone();
     let matched = |view: &View| view.plan().trace(&packet, &local).matched.map(|it| it.key().clone());
     let mut last_changed_seq = None;
     if let Some(key) = matched(&view) {
@@ -133,7 +138,8 @@ async fn gather(
             service: key.name.to_string(),
             ..Default::default()
         };
-        let (resources, there) = snapshot(sync, one, &mut interner, &mut notes).await?;
+        let one = sync.fetch_snapshot(one).await?.into_inner();
+        let (resources, there) = snapshot(one, &mut interner, &mut notes).await?;
         for (version, resource) in resources {
             state.upsert(version, resource);
         }
@@ -170,51 +176,45 @@ async fn gather(
     }))
 }
 
+/// All Services and ServiceCIDRs. A control plane of a release that has no ServiceCIDRs refuses to
+/// be asked for them; they only tell what no Service has.
+async fn fetch_services(
+    sync: &mut SyncServiceClient<Channel>,
+    notes: &mut Vec<String>,
+) -> Result<Streaming<v1::FetchSnapshotResponse>, Failure> {
+    let request = |kinds: &[v1::ResourceKind]| v1::FetchSnapshotRequest {
+        kinds: kinds.iter().map(|kind| i32::from(*kind)).collect(),
+        ..Default::default()
+    };
+    let both = request(&[v1::ResourceKind::Service, v1::ResourceKind::ServiceCidr]);
+    match sync.fetch_snapshot(both).await {
+        Err(status) if status.code() == Code::InvalidArgument => {
+            let services = sync.fetch_snapshot(request(&[v1::ResourceKind::Service])).await?;
+            notes.push(
+                "the control plane does not serve ServiceCIDRs: whether an address that no Service has is in \
+                 one is not known"
+                    .into(),
+            );
+            Ok(services.into_inner())
+        }
+        answer => Ok(answer?.into_inner()),
+    }
+}
+
 /// One consistent snapshot. What this release cannot read is left out, with a note: a node of this
 /// release leaves it out, too.
 async fn snapshot(
-    sync: &mut SyncServiceClient<Channel>,
-    request: v1::FetchSnapshotRequest,
+    mut parts: Streaming<v1::FetchSnapshotResponse>,
     interner: &mut Interner,
     notes: &mut Vec<String>,
 ) -> Result<(Vec<(Version, Resource)>, v1::Position), Failure> {
-    let mut stream = sync.fetch_snapshot(request).await?.into_inner();
     let (mut resources, mut position) = (Vec::new(), v1::Position::default());
-    while let Some(part) = stream.message().await? {
+    while let Some(part) = parts.message().await? {
         position = part.position.unwrap_or_default();
         for resource in part.batch.unwrap_or_default().upserts {
-            let version =
-                convert::version_from_wire("version", &resource.version).context("the server's snapshot")?;
-            match resource.body {
-                Some(v1::resource::Body::Service(service)) => {
-                    match convert::service_from_wire(&service, interner) {
-                        Ok(service) => resources.push((version, service.into())),
-                        Err(error) => {
-                            let name = format!("{}/{}", service.namespace, service.name);
-                            notes.push(format!("service {name} cannot be read and is left out: {error}"));
-                        }
-                    }
-                }
-                Some(v1::resource::Body::EndpointSet(set)) => {
-                    match convert::endpoint_set_from_wire(&set, interner) {
-                        Ok(set) => resources.push((version, set.into())),
-                        Err(error) => {
-                            let name = format!("{}/{}/{}", set.namespace, set.service, set.slice);
-                            notes
-                                .push(format!("endpoint set {name} cannot be read and is left out: {error}"));
-                        }
-                    }
-                }
-                Some(v1::resource::Body::ServiceCidr(cidr)) => {
-                    match convert::service_cidr_from_wire(&cidr, interner) {
-                        Ok(cidr) => resources.push((version, cidr.into())),
-                        Err(error) => {
-                            let name = &cidr.name;
-                            notes.push(format!("ServiceCIDR {name} cannot be read and is left out: {error}"));
-                        }
-                    }
-                }
-                None => {}
+            match convert::resource_from_wire(&resource, interner) {
+                Ok(read) => resources.extend(read),
+                Err(it) => notes.push(format!("{} cannot be read and is left out: {}", it.object, it.fault)),
             }
         }
     }

@@ -21,6 +21,7 @@ use tonic::transport::Channel;
 use super::args::Args;
 use super::{Failure, commands};
 
+mod before;
 mod explain;
 
 struct World {
@@ -176,13 +177,17 @@ impl World {
 
     /// Output and exit code.
     async fn run(&self, line: &str) -> (String, u8) {
+        let (text, result) = self.result(line).await;
+        (text, result.as_ref().map_or_else(Failure::code, |()| 0))
+    }
+
+    async fn result(&self, line: &str) -> (String, Result<(), Failure>) {
         let line = format!("lockstepctl --server {} --insecure {line}", self.address);
         let args = Args::try_parse_from(line.split_whitespace()).unwrap();
         let mut out = Vec::new();
         let result =
             tokio::time::timeout(Duration::from_secs(20), commands::run(args, &mut out)).await.unwrap();
-        let code = result.as_ref().map_or_else(Failure::code, |()| 0);
-        (String::from_utf8(out).unwrap(), code)
+        (String::from_utf8(out).unwrap(), result)
     }
 
     /// Output with one space between columns and `T` for every time.

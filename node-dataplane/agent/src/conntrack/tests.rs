@@ -165,6 +165,23 @@ fn passes_during_a_sweep_make_one_more_by_the_newest_plan() {
 }
 
 #[test]
+fn a_node_port_of_the_number_of_an_address_is_swept_with_it() {
+    let (mut cutter, said, leave) = guided();
+    let mut at_node = (*service("b", "172.30.0.2", &["10.1.0.2:53"])).clone();
+    let address = at("10.200.0.11:1").ip();
+    at_node.ports[0].frontends = vec![frontend(Surface::ExternalIp(address), 30053)];
+    let all = plan(&[service("a", "172.30.0.1", &["10.1.0.1:53"]), Arc::new(at_node)]);
+    for (changed, failed) in [("a", "-"), ("b", "-"), ("a", "b")] {
+        cutter.committed(&all, Some(&[key(changed)]), &|it| *it == key(failed));
+        let about = said.recv_timeout(PATIENCE).unwrap();
+        let names: Vec<ServiceKey> = about.into_iter().map(|(key, _)| key).collect();
+        let expected = if failed == "b" { vec![key("a")] } else { vec![key("a"), key("b")] };
+        assert_eq!(names, expected, "{changed} changed");
+        leave.send(Ok(())).unwrap();
+    }
+}
+
+#[test]
 fn what_cannot_be_cut_is_complained_of_until_it_is_or_has_gone() {
     let (mut cutter, said, leave) = guided();
     let ok = |_: &ServiceKey| false;

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use lockstep_model::{EndpointPort, Protocol, Service, TrafficPolicy};
 
 use super::cluster::*;
-use crate::stale::{Fate, Flow, UdpFrontends, concerns};
+use crate::stale::{Fate, Flow, UdpFrontends, concerns, entangled};
 use crate::{NodePortScope, Target};
 
 const ALL_FRONTENDS: [&str; 3] = ["172.30.0.10:53", "203.0.113.1:53", "198.51.100.1:53"];
@@ -128,4 +128,82 @@ fn a_node_port_is_one_only_at_the_addresses_of_the_node() {
     assert_eq!(fate("10.9.9.8:30053"), Fate::Keep);
     assert_eq!(fate("[fd00::1]:30053"), Fate::Keep, "the Service has no IPv6");
     assert_eq!(frontends.families().collect::<Vec<_>>(), [lockstep_model::Family::V4]);
+}
+
+#[test]
+fn a_flow_by_a_node_port_behind_an_address_that_is_not_for_all_clients_stays() {
+    let dns = dns();
+    let mut behind = service("kube/other", &["172.30.0.11"]);
+    behind.ports = vec![port("udp", Protocol::Udp, 53)];
+    behind.ports[0].node_port = Some(number(53));
+    let mut cluster = with(&dns, vec![endpoint("10.1.0.1", "n1", READY)]);
+    let mut set = slice(&behind, "s1", vec![endpoint("10.1.0.7", "n1", READY)]);
+    set.ports = vec![EndpointPort { name: "udp".into(), protocol: Protocol::Udp, port: number(5353) }];
+    cluster.put(set);
+    cluster.put(behind.clone());
+    let node = cluster.view.plan().node.clone();
+    let node_port = cluster.plan(&behind);
+    let fate = |policy, ranges: &[&str], scope: NodePortScope, to: &str, by: &str| {
+        let mut dns = dns.clone();
+        dns.service_type = lockstep_model::ServiceType::LoadBalancer;
+        dns.external_traffic_policy = policy;
+        dns.load_balancer_source_ranges = ranges.iter().map(|range| range.parse().unwrap()).collect();
+        let plan = with(&dns, vec![endpoint("10.1.0.1", "n2", READY)]).plan(&dns);
+        let node = crate::NodePlan { node_ports_v4: scope, ..node.clone() };
+        let flow = Flow { destination: target(to), answers: target(by) };
+        UdpFrontends::of(&node, [&*plan, &*node_port]).fate(&flow)
+    };
+    let (external, balanced, other) = ("203.0.113.1:53", "198.51.100.1:53", "10.1.0.7:5353");
+    let mine = || NodePortScope::Addresses(vec![ip("203.0.113.1"), ip("198.51.100.1")]);
+    use TrafficPolicy::{Cluster as All, Local};
+    assert_eq!(fate(All, &[], mine(), external, other), Fate::Cut, "the address is for all");
+    assert_eq!(fate(Local, &[], mine(), external, other), Fate::Keep);
+    assert_eq!(fate(Local, &[], NodePortScope::AllLocal, external, other), Fate::Keep);
+    assert_eq!(fate(All, &["10.0.0.0/8"], mine(), balanced, other), Fate::Keep);
+    assert_eq!(fate(All, &["10.0.0.0/8"], mine(), external, other), Fate::Cut, "ranges do not hold there");
+    assert_eq!(
+        fate(Local, &[], NodePortScope::Addresses(vec![]), external, other),
+        Fate::Cut,
+        "not a node's"
+    );
+    assert_eq!(fate(Local, &[], mine(), external, "10.1.0.9:5353"), Fate::Cut, "nobody's endpoint");
+    assert_eq!(fate(Local, &[], mine(), external, "10.1.0.1:5353"), Fate::Keep, "its own endpoint");
+}
+
+#[test]
+fn an_address_and_a_node_port_of_one_number_are_looked_at_together() {
+    let dns = dns();
+    let mut cluster = with(&dns, vec![endpoint("10.1.0.1", "n1", READY)]);
+    // The number of the address; of the node port; of nothing; TCP; without endpoints; cluster IPs only.
+    for (name, node_port, external, protocol, served) in [
+        ("by-node-port", Some(53), None, Protocol::Udp, true),
+        ("by-address", None, Some(30053), Protocol::Udp, true),
+        ("aside", Some(54), Some(30054), Protocol::Udp, true),
+        ("tcp", None, Some(30053), Protocol::Tcp, true),
+        ("nobody", None, Some(30053), Protocol::Udp, false),
+        ("inside", None, None, Protocol::Udp, true),
+    ] {
+        let mut other = service(&format!("kube/{name}"), &["172.30.0.11"]);
+        other.ports = vec![port("udp", protocol, external.unwrap_or(30053))];
+        other.ports[0].node_port = node_port.map(number);
+        other.external_ips = external.map(|_| ip("192.168.0.2")).into_iter().collect();
+        let endpoints = if served { vec![endpoint("10.1.0.7", "n1", READY)] } else { Vec::new() };
+        let mut set = slice(&other, &format!("{name}-1"), endpoints);
+        set.ports = vec![EndpointPort { name: "udp".into(), protocol, port: number(5353) }];
+        cluster.put(set);
+        cluster.put(other);
+    }
+    let with = |changed: &[&str]| {
+        let keys: Vec<_> =
+            changed.iter().map(|name| lockstep_model::ServiceKey::new("kube", *name)).collect();
+        let mut names: Vec<String> =
+            entangled(cluster.view.plan(), &keys).map(|it| it.key.name.to_string()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(with(&["dns"]), ["by-address", "by-node-port"]);
+    assert_eq!(with(&["by-node-port"]), ["dns"]);
+    assert_eq!(with(&["by-address"]), ["dns"]);
+    assert_eq!(with(&["dns", "by-address"]), ["by-node-port"]);
+    assert!(with(&["aside", "tcp", "nobody", "inside", "gone"]).is_empty());
 }

@@ -170,6 +170,35 @@ fn node_ports_answer_at_localhost_where_they_are_meant_to() {
 }
 
 #[test]
+fn loopback_addresses_are_the_nodes_own_and_nobody_else_reaches_node_ports_there() {
+    let scopes = [NodePortAddresses::AllLocal, NodePortAddresses::Cidrs(vec!["0.0.0.0/0".parse().unwrap()])];
+    for node_port_addresses in scopes {
+        let cluster =
+            masquerade_cluster(ViewConfig { localhost_node_ports: true, node_port_addresses, ..config() });
+        for (from, to, expected) in [
+            ("127.0.0.1", "127.0.0.1", "A,B m"),
+            ("127.0.0.9", "127.0.0.1", "A,B m"),
+            (NODE, "127.0.0.1", "A,B m"),
+            (NODE, "127.9.9.9", "A,B m"),
+            (OUTSIDE, "127.0.0.1", ""),
+            (POD, "127.0.0.1", ""),
+            ("::1", "::1", ""),
+        ] {
+            assert_eq!(result(&cluster, from, to, 3001), expected, "{from} -> {to}");
+        }
+        let class = |from: &str, to: &str| follow(&cluster, from, to, 80).source;
+        assert_eq!(class("127.1.2.3", "172.30.0.1"), Source::Node);
+        assert_eq!(class("::1", "fd00::1"), Source::Node);
+        assert_eq!(class("128.0.0.1", "172.30.0.1"), Source::Elsewhere);
+    }
+    // Not loopback, yet local: the node's bridge in the network of pods is the node, too.
+    let cluster = masquerade_cluster(ViewConfig { localhost_node_ports: true, ..config() });
+    let bridge = packet("10.180.0.254", "127.0.0.1", 3001);
+    let trace = cluster.view.plan().trace(&bridge, &[ip("10.180.0.254")]);
+    assert!(trace.matched.is_some());
+}
+
+#[test]
 fn masquerade_all_concerns_cluster_ips_only() {
     let all = ViewConfig { masquerade_all: true, ..config() };
     assert_eq!(table(all), base_but(&["pod -> CIP: A,B m | A,B m | A m"]));
@@ -242,7 +271,6 @@ fn a_client_is_masqueraded_only_towards_itself() {
 fn what_no_service_has_is_left_alone() {
     let cluster = masquerade_cluster(config());
     for (from, to, port) in [
-        (POD, "172.30.0.1", 81),
         (POD, "172.30.0.9", 80),
         (POD, "127.0.0.1", 3001),
         (POD, "192.168.7.7", 3001),
@@ -250,8 +278,10 @@ fn what_no_service_has_is_left_alone() {
     ] {
         assert_eq!(result(&cluster, from, to, port), "", "{from} -> {to}:{port}");
     }
+    assert_eq!(result(&cluster, POD, "172.30.0.1", 81), "OTHER PORT");
     let udp = Packet { protocol: Protocol::Udp, ..packet(POD, "172.30.0.1", 80) };
-    assert_eq!(cluster.view.plan().trace(&udp, &local()).matched, None);
+    let trace = cluster.view.plan().trace(&udp, &local());
+    assert_eq!((trace.matched, trace.verdict), (None, Verdict::OtherPort));
 }
 
 #[test]
@@ -279,6 +309,51 @@ fn an_address_of_a_service_comes_before_a_node_port() {
     let matched = trace.matched.unwrap();
     assert_eq!((matched.key(), matched.frontend.surface), (&other.key, Surface::ExternalIp(ip(NODE))));
     assert_eq!(result(&cluster, OUTSIDE, "192.168.1.2", 3001), "A,B m");
+}
+
+/// Whose node port may decide where the plan refuses or drops.
+fn behind(cluster: &Cluster, from: &str, to: &str) -> Option<String> {
+    let behind = cluster.view.plan().node_port_behind(&packet(from, to, 3001), &local());
+    behind.map(|it| it.key().to_string())
+}
+
+#[test]
+fn behind_an_address_that_refuses_or_drops_a_node_port_of_the_number_may_decide() {
+    let mut cluster = masquerade_cluster(config());
+    let mut other = service("ns/other", &["172.30.0.99"]);
+    other.service_type = ServiceType::LoadBalancer;
+    other.external_ips = vec![ip(NODE)];
+    other.ports = vec![port("", Protocol::Tcp, 3001)];
+    let svc1 = Some("ns/svc1".to_owned());
+    cluster.put(other.clone());
+    assert_eq!(
+        (result(&cluster, OUTSIDE, NODE, 3001).as_str(), behind(&cluster, OUTSIDE, NODE)),
+        ("REJECT", svc1.clone())
+    );
+    // At an address that is not the node's, or where the verdict is the node port's own, nothing is behind.
+    assert_eq!(behind(&cluster, OUTSIDE, "172.30.0.99"), None);
+    assert_eq!(behind(&cluster, OUTSIDE, "192.168.1.2"), None);
+
+    cluster.put(slice(&other, "s1", vec![endpoint("10.180.1.9", "n2", READY)]));
+    assert_eq!(behind(&cluster, OUTSIDE, NODE), None);
+    other.external_traffic_policy = TrafficPolicy::Local;
+    cluster.put(other.clone());
+    assert_eq!(
+        (result(&cluster, OUTSIDE, NODE, 3001).as_str(), behind(&cluster, OUTSIDE, NODE)),
+        ("DROP", svc1.clone())
+    );
+    assert_eq!(behind(&cluster, POD, NODE), None, "a pod is forwarded");
+
+    other.external_traffic_policy = TrafficPolicy::Cluster;
+    other.external_ips = Vec::new();
+    other.load_balancer_ingress = vec![vip(NODE)];
+    other.load_balancer_source_ranges = vec!["10.0.0.0/8".parse().unwrap()];
+    cluster.put(other);
+    assert_eq!(
+        (result(&cluster, OUTSIDE, NODE, 3001).as_str(), behind(&cluster, OUTSIDE, NODE)),
+        ("BLOCKED", svc1)
+    );
+    assert_eq!(behind(&cluster, POD, NODE), None, "a pod is in the range");
 }
 
 #[test]

@@ -94,6 +94,9 @@ proptest! {
         prop_assert_eq!(&decode_service(&bytes, &mut interner).unwrap(), &service);
         let message = convert::service_to_wire(&service);
         prop_assert_eq!(&convert::service_from_wire(&message, &mut interner).unwrap(), &service);
+        let (version, resource) = (Version::of(&bytes), service.clone().into());
+        let message = convert::resource_to_wire(version, &resource);
+        prop_assert_eq!(convert::resource_from_wire(&message, &mut interner), Ok(Some((version, resource))));
         prop_assert_eq!(decode_key(Kind::Service, &bytes), Some(Key::Service(service.key)));
     }
 
@@ -105,6 +108,9 @@ proptest! {
         prop_assert_eq!(&decode_endpoint_set(&bytes, &mut interner).unwrap(), &set);
         let message = convert::endpoint_set_to_wire(&set);
         prop_assert_eq!(&convert::endpoint_set_from_wire(&message, &mut interner).unwrap(), &set);
+        let (version, resource) = (Version::of(&bytes), set.clone().into());
+        let message = convert::resource_to_wire(version, &resource);
+        prop_assert_eq!(convert::resource_from_wire(&message, &mut interner), Ok(Some((version, resource))));
         prop_assert_eq!(decode_key(Kind::EndpointSet, &bytes), Some(Key::EndpointSet(set.key)));
     }
 

@@ -304,3 +304,29 @@ fn an_error_shows_only_the_start_of_a_long_value() {
     let error = convert::node_context_from_wire(&node).unwrap_err().to_string();
     assert!(error.len() < 200, "{error}");
 }
+
+#[test]
+fn a_typed_resource_that_cannot_be_read_is_named() {
+    let mut interner = Interner::default();
+    let version = vec![7; 16];
+    let mut read = |version: &[u8], body: Option<v1::resource::Body>| {
+        let message = v1::Resource { version: version.to_vec().into(), body };
+        convert::resource_from_wire(&message, &mut interner).map_err(|error| error.to_string())
+    };
+    assert_eq!(read(&version, None), Ok(None), "of a kind that is not known");
+    let cidr = v1::ServiceCidr { name: "pods".into(), cidrs: vec!["10.0.0.0/99".into()] };
+    let error = read(&version, Some(v1::resource::Body::ServiceCidr(cidr))).unwrap_err();
+    assert!(error.starts_with("ServiceCIDR pods: cidrs[0]: "), "{error}");
+    let set = v1::EndpointSet {
+        namespace: "a".into(),
+        service: "b".into(),
+        slice: "c".into(),
+        family: v1::AddressFamily::Ipv4.into(),
+        ..Default::default()
+    };
+    let error = read(&[7], Some(v1::resource::Body::EndpointSet(set))).unwrap_err();
+    assert!(error.starts_with("EndpointSet a/b/c: version: "), "{error}");
+    let service = v1::Service { namespace: "a".into(), name: "b".into(), r#type: 99, ..Default::default() };
+    let error = read(&version, Some(v1::resource::Body::Service(service))).unwrap_err();
+    assert!(error.starts_with("Service a/b: "), "{error}");
+}

@@ -184,6 +184,9 @@ impl Explanation {
                 "the cluster has no Node object of this name: its addresses and zone are not known".into(),
             );
         }
+        notes.extend(reasons::behind(evidence, &trace));
+        let in_force = in_force::of(evidence, &trace);
+        notes.extend(in_force::doubt(evidence, &in_force));
         Self {
             node: evidence.context.name.to_string(),
             packet: Packet {
@@ -201,7 +204,7 @@ impl Explanation {
             forward,
             endpoints: port.map(|port| endpoints(evidence, &trace, &port)).unwrap_or_default(),
             nearby: if trace.matched.is_none() { nearby::services(evidence) } else { Vec::new() },
-            in_force: in_force::of(evidence, trace.matched.as_ref().map(Match::key)),
+            in_force,
             notes,
         }
     }

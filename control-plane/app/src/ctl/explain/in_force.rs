@@ -1,6 +1,7 @@
 //! What the node says about the Service, so that nobody takes a plan for the truth.
 
 use lockstep_model::ServiceKey;
+use lockstep_view::trace::{Match, Trace, Verdict};
 use lockstep_wire::v1;
 
 use super::Evidence;
@@ -8,15 +9,21 @@ use super::answer::InForce;
 use crate::ctl::view;
 
 /// Whether the node does what is explained, by its last report.
-pub(super) fn of(evidence: &Evidence, service: Option<&ServiceKey>) -> InForce {
+pub(super) fn of(evidence: &Evidence, trace: &Trace<'_>) -> InForce {
     let node = &evidence.node;
+    let matched = trace.matched.as_ref().map(Match::key);
+    // Who has the cluster IP decides about its other ports, too.
+    let service = matched.or_else(|| match trace.verdict {
+        Verdict::OtherPort => evidence.view.plan().with_cluster_ip(evidence.packet.destination),
+        _ => None,
+    });
     let wanted = evidence.last_changed_seq.unwrap_or(evidence.head_seq);
     let (sure, unsure): (Vec<_>, Vec<_>) =
         node.failures.iter().filter(|it| may_concern(it, service)).partition(|it| it.r#ref.is_some());
     let unlisted = node.failures_truncated;
     let name = &node.node_name;
     let at = |seq: u64| format!("seq {seq} of {}", evidence.head_seq);
-    let last = match service {
+    let last = match matched {
         Some(_) => format!("the last change of the Service is seq {wanted}"),
         None => format!("the head is seq {wanted}"),
     };
@@ -77,6 +84,17 @@ fn may_concern(failure: &v1::ResourceFailure, service: Option<&ServiceKey>) -> b
             })
         }
     }
+}
+
+/// What a node's sequence numbers do not tell, where they say that something is in force.
+pub(super) fn doubt(evidence: &Evidence, it: &InForce) -> Option<String> {
+    matches!(it.state, "Verified" | "Applied").then(|| {
+        format!(
+            "a change of the Node object (zone, podCIDRs, addresses) has no sequence number: {} may go by an \
+             earlier one",
+            evidence.node.node_name
+        )
+    })
 }
 
 fn instead(failure: &v1::ResourceFailure) -> &'static str {

@@ -42,7 +42,11 @@ fn why_not(evidence: &Evidence, service: &Service) -> Option<String> {
         return None;
     }
     if to.is_loopback() {
-        return Some(format!("{key} has node port {}, which does not answer at {to} on {node}", packet.port));
+        let whom = match evidence.view.plan().node.has_node_ports_at(to, &evidence.local) {
+            true => format!("answers at {to} on {node} to the node itself alone"),
+            false => format!("does not answer at {to} on {node}"),
+        };
+        return Some(format!("{key} has node port {}, which {whom}", packet.port));
     }
     let own = match evidence.view.plan().node.node_ports(Family::of(to)) {
         NodePortScope::AllLocal => {

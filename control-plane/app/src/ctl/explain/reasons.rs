@@ -3,6 +3,7 @@
 use lockstep_model::{Service, TrafficPolicy};
 use lockstep_view::trace::{Match, Trace, Verdict};
 use lockstep_view::{Action, Pool, Source, Surface};
+use lockstep_wire::v1;
 
 use super::Evidence;
 
@@ -59,6 +60,22 @@ pub(super) fn masquerade(evidence: &Evidence, trace: &Trace<'_>, service: &Servi
         }
         (false, false) => format!("{} keeps it", policy(matched, service)),
     })
+}
+
+/// Whose node port decides where the plan refuses or drops, as the kernel sees it.
+pub(super) fn behind(evidence: &Evidence, trace: &Trace<'_>) -> Option<String> {
+    let packet = &evidence.packet;
+    let behind = evidence.view.plan().node_port_behind(packet, &evidence.local)?;
+    let backend = evidence.node.backend.as_ref().map_or(v1::BackendKind::Unspecified, v1::Backend::kind);
+    let place = std::net::SocketAddr::new(packet.destination, packet.port.get());
+    let decides = format!("node port {} of {} decides instead", packet.port, behind.key());
+    match (trace.verdict, backend) {
+        (Verdict::Decided(Action::Reject), _) => {
+            Some(format!("{decides}: without endpoints, the rules have nothing for {place} itself"))
+        }
+        (_, v1::BackendKind::Nftables) => None,
+        _ => Some(format!("in iptables mode {decides}: the rules for {place} do not take this client")),
+    }
 }
 
 fn keeps_clients(matched: &Match<'_>, service: &Service) -> bool {

@@ -58,7 +58,8 @@ impl Told {
             )
         };
         let networks = |field: &str, texts: &[String]| {
-            let network = |text: &String| text.parse::<IpNet>().map_err(|_| unknown(field, text));
+            // What a node says is quoted: it must not be able to drive a terminal.
+            let network = |text: &String| text.parse().map_err(|_| unknown(field, &format!("{text:?}")));
             texts.iter().map(network).collect::<Result<Vec<IpNet>, _>>()
         };
         let name = &settings.pod_interface;

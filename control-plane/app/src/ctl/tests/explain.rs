@@ -124,6 +124,9 @@ ENDPOINT        NODE   ZONE   STATE                  SLICE    ANSWERS   SEES    
 10.1.0.6:8080   n2     z1     ready                  cart-x   yes       client   -
 10.1.0.7:8080   n3     z2     ready                  cart-x   no        -        meant for other zones
 10.1.0.8:8080   n1     z1     terminating, serving   cart-x   no        -        terminating
+
+Notes:
+  a change of the Node object (zone, podCIDRs, addresses) has no sequence number: n1 may go by an earlier one
 ";
     assert_eq!((text.as_str(), code), (expected, 0));
     let (text, _) = world.run("explain --node n1 --from 10.200.0.11 tcp 198.51.100.42:443").await;
@@ -184,6 +187,11 @@ async fn a_node_that_fails_or_is_away_is_not_taken_at_the_plans_word() {
     // The other Service is not concerned.
     let other = world.json("--node n1 --from 10.1.0.9 tcp 10.96.0.42:443").await;
     assert_eq!(other["inForce"]["state"], "Verified");
+    // At a port that it does not have, the cluster IP's Service is concerned.
+    let it = world.json("--node n1 --from 10.1.0.9 tcp 10.96.0.1:81").await;
+    assert_eq!((&it["service"], &it["inForce"]["state"]), (&serde_json::Value::Null, &"Failing".into()));
+    let it = world.json("--node n1 --from 10.1.0.9 tcp 10.96.0.42:81").await;
+    assert_eq!(it["inForce"]["state"], "Verified");
     // A change that the node has not acknowledged.
     world.put(|changes| changes.upsert(endpoints("late")), vec![]).await;
     assert_eq!(
@@ -195,11 +203,77 @@ async fn a_node_that_fails_or_is_away_is_not_taken_at_the_plans_word() {
     assert_eq!((&behind["inForce"]["state"], &behind["verdict"]), (&"Behind".into(), &"Refused".into()));
     let away = world.json("--node absent --from 10.1.0.9 tcp 10.96.0.1:80").await;
     assert_eq!(away["inForce"]["state"], "NeverSeen");
+    assert!(!away["notes"].to_string().contains("sequence number"), "nothing is said to be in force: {away}");
     assert_eq!(away["settings"]["known"], false);
     assert!(
         away["notes"][0].as_str().unwrap().starts_with("node absent does not say how it is configured"),
         "{away}"
     );
+}
+
+#[tokio::test]
+async fn a_node_port_behind_an_address_that_does_not_take_the_client_is_named() {
+    // At the node's own address, with the number of the node port of `web`.
+    let mut cart = shop();
+    cart.external_ips = vec!["10.200.0.11".parse().unwrap()];
+    cart.ports[0].port = 30_080.try_into().unwrap();
+    let mut elsewhere = carts();
+    elsewhere.endpoints.retain(|endpoint| endpoint.node_name.as_deref() != Some("n1"));
+    let (world, _node) = World::explained(cart, vec![elsewhere], vec![]).await;
+    let question = "--node n1 --from 203.0.113.9 tcp 10.200.0.11:30080";
+    let it = world.json(question).await;
+    assert_eq!((&it["service"]["name"], &it["verdict"]), (&"cart".into(), &"Dropped".into()));
+    let note = "in iptables mode node port 30080 of default/web decides instead: the rules for \
+                10.200.0.11:30080 do not take this client";
+    assert_eq!(it["notes"][0], note);
+    let pod = world.json("--node n1 --from 10.1.0.9 tcp 10.200.0.11:30080").await;
+    assert_eq!(pod["verdict"], "Forwarded");
+    assert!(!pod["notes"].to_string().contains("decides instead"), "{pod}");
+
+    world.put(|changes| changes.upsert(EndpointSet { endpoints: vec![], ..carts() }), vec![]).await;
+    let it = world.json(question).await;
+    let note = "node port 30080 of default/web decides instead: without endpoints, the rules have nothing for \
+                10.200.0.11:30080 itself";
+    assert_eq!((&it["verdict"], &it["notes"][0]), (&"Refused".into(), &note.into()));
+}
+
+#[tokio::test]
+async fn node_ports_at_loopback_addresses_are_for_the_node_itself() {
+    let (world, _node) = World::explained(shop(), vec![carts()], vec![]).await;
+    let everywhere = v1::NodeSettings {
+        node_port_addresses: v1::NodePortAddresses::AllLocal.into(),
+        loopback_node_ports: true,
+        ..settings()
+    };
+    let _node2 = world.node_with("n2", vec![], Some(everywhere)).await;
+    for from in ["127.0.0.1", "127.0.0.2"] {
+        let it = world.json(&format!("--node n2 --from {from} tcp 127.0.0.1:30443")).await;
+        assert_eq!((&it["verdict"], &it["source"]["class"]), (&"Forwarded".into(), &"Node".into()), "{from}");
+    }
+    let it = world.json("--node n2 --from 203.0.113.9 tcp 127.0.0.1:30443").await;
+    let near = "shop/cart has node port 30443, which answers at 127.0.0.1 on n2 to the node itself alone";
+    assert_eq!((&it["verdict"], &it["nearby"][0]), (&"LeftAlone".into(), &near.into()));
+}
+
+#[tokio::test]
+async fn what_a_node_says_cannot_drive_a_terminal() {
+    let (world, _node) = World::explained(shop(), vec![carts()], vec![]).await;
+    let evil = "10.0.0.0/8\x1b[2J\nerror: all is well";
+    let by_pods = v1::NodeSettings { cluster_cidrs: vec![evil.into()], ..settings() };
+    let by_ports = v1::NodeSettings {
+        node_port_addresses: v1::NodePortAddresses::Cidrs.into(),
+        node_port_cidrs: vec![evil.into()],
+        ..settings()
+    };
+    for (node, field, settings) in [("n8", "cluster_cidrs", by_pods), ("n9", "node_port_cidrs", by_ports)] {
+        let _stream = world.node_with(node, vec![], Some(settings)).await;
+        let line = format!("explain --node {node} --from 10.1.0.9 tcp 10.96.0.42:443");
+        let (_, result) = world.result(&line).await;
+        let said = super::super::message(&result.unwrap_err());
+        let quoted = r#""10.0.0.0/8\u{1b}[2J\nerror: all is well""#;
+        let expected = format!("node {node}: settings.{field}: {quoted} cannot be explained by this release");
+        assert_eq!(said, expected);
+    }
 }
 
 #[tokio::test]
