@@ -79,7 +79,9 @@ proptest! {
         let mut node = super::cluster::node();
         let interfaces = ["127.0.0.1", "127.1.0.1", "192.168.0.2", "::1"].map(ip).to_vec();
         cluster.view.set_interface_addresses(interfaces.clone());
+        cluster.view.update(&cluster.state, &[]);
         for changes in batches {
+            let node_before = cluster.view.plan().node.clone();
             let mut keys: Vec<ServiceKey> =
                 (0..changes).filter_map(|_| change(&mut draw, &mut cluster.state)).collect();
             if draw.0.u8(..4) == 0 {
@@ -87,7 +89,7 @@ proptest! {
                 cluster.view.set_node(node.clone());
             }
             draw.0.shuffle(&mut keys);
-            let (before, node_before) = (cluster.plans(), cluster.view.plan().node.clone());
+            let before = cluster.plans();
             let changed = cluster.view.update(&cluster.state, &keys);
             let after = cluster.plans();
             prop_assert_eq!(&changed.services, &differences(&before, &after));

@@ -239,16 +239,16 @@ fn a_client_is_masqueraded_only_towards_itself() {
 }
 
 #[test]
-fn what_no_service_has_is_left_alone() {
+fn what_no_service_has_is_left_alone_but_for_other_ports_of_cluster_ips() {
     let cluster = masquerade_cluster(config());
-    for (from, to, port) in [
-        (POD, "172.30.0.1", 81),
-        (POD, "172.30.0.9", 80),
-        (POD, "127.0.0.1", 3001),
-        (POD, "192.168.7.7", 3001),
-        ("2001:db8::9", "172.30.0.1", 80),
+    for (from, to, port, expected) in [
+        (POD, "172.30.0.1", 81, "OTHER PORT"),
+        (POD, "172.30.0.9", 80, ""),
+        (POD, "127.0.0.1", 3001, ""),
+        (POD, "192.168.7.7", 3001, ""),
+        ("2001:db8::9", "172.30.0.1", 80, "OTHER PORT"),
     ] {
-        assert_eq!(result(&cluster, from, to, port), "", "{from} -> {to}:{port}");
+        assert_eq!(result(&cluster, from, to, port), expected, "{from} -> {to}:{port}");
     }
     let udp = Packet { protocol: Protocol::Udp, ..packet(POD, "172.30.0.1", 80) };
     assert_eq!(cluster.view.plan().trace(&udp, &local()).matched, None);
