@@ -102,7 +102,8 @@ pub struct PortPlan {
     /// Targets among `cluster` and `local` that can meet themselves as clients (hairpin), sorted;
     /// their packets must then be masqueraded. These are the ones on this node, the ones that do
     /// not say where they are, and all of them where an external address leads pods to `cluster`
-    /// with their address kept: a pod of another node can dial a node port here.
+    /// with their address kept and pods of other nodes are told as pods: one can dial a node port
+    /// here.
     pub hairpin: Vec<Target>,
     /// UDP only: every endpoint anywhere that serves, sorted. A flow that is established may go
     /// on to any of these, whatever policy or topology say about new ones, see
