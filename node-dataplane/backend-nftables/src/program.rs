@@ -15,6 +15,7 @@ use crate::change::{stage_anew, stage_change};
 use crate::contents::check;
 use crate::layout;
 use crate::names::TABLE;
+use crate::node::stage_service_cidrs;
 use crate::rules::kernel_family;
 use crate::sets::{Datum, Key, Ranges, SetId};
 use crate::stage::{Attribution, lane_index};
@@ -84,7 +85,7 @@ impl<N: Netfilter> Nftables<N> {
         plan: &ForwardingPlan,
         changed: &[ServiceKey],
     ) -> Result<usize, Error> {
-        if self.state.node.as_ref() != Some(&plan.node) {
+        if !self.state.node.as_ref().is_some_and(|node| node.equals_but_for_service_cidrs(&plan.node)) {
             return self.sync_all(plan);
         }
         // Twice the same would be staged twice. Whoever sorts has no duplicates beside each other.
@@ -148,6 +149,9 @@ impl<N: Netfilter> Nftables<N> {
             self.stage.seal(position);
         }
         self.state.stage_hairpin(&mut self.stage);
+        if let Some(node) = &self.state.node {
+            stage_service_cidrs(&mut self.stage, &node.service_cidrs, &plan.node.service_cidrs);
+        }
         if !self.state.has_room(&self.stage) {
             return self.rebuild(plan, excluded, attributed);
         }
@@ -158,6 +162,9 @@ impl<N: Netfilter> Nftables<N> {
                 (Some(installed), None) => self.state.services.insert(one.key.clone(), installed),
                 (None, _) => self.state.services.remove(one.key),
             }
+        }
+        if let Some(node) = &mut self.state.node {
+            node.service_cidrs.clone_from(&plan.node.service_cidrs);
         }
         self.reap();
         Ok(objects)

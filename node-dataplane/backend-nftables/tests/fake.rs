@@ -80,6 +80,24 @@ fn the_rest_of_a_cluster_ip_moves_with_one_element_out_and_one_in() {
 }
 
 #[test]
+fn a_change_of_the_service_cidrs_reads_nothing_and_writes_their_difference() {
+    let mut plan = plan([small(1, &[1])]);
+    let mut backend = synced(&plan);
+    // It is there for the first dump, so a comparison would fail.
+    backend.netfilter_mut().fail_once(Fault::Dump(Errno::NOMEM));
+    plan.node.service_cidrs = ["10.96.0.0/13", "fd00:96::/112"].map(|cidr| cidr.parse().unwrap()).to_vec();
+    plan.services.insert(key("s2"), small(2, &[2]));
+    // A range out and a range in, of two elements each, and the three of a Service's.
+    assert_eq!(backend.apply(&plan, &[key("s2")]).unwrap().objects_changed, 4 + 3);
+    plan.node.service_cidrs.pop();
+    assert_eq!(backend.apply(&plan, &[]).unwrap().objects_changed, 2);
+    backend.verify().expect_err("the dump that fails");
+    assert_eq!(backend.verify().unwrap(), []);
+    assert_eq!(backend.apply(&plan, &[]).unwrap().objects_changed, 0);
+    assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
+}
+
+#[test]
 fn one_refused_service_keeps_its_version_and_hurts_nobody() {
     let mut plan = plan([small(1, &[1]), small(2, &[2])]);
     let mut backend = synced(&plan);

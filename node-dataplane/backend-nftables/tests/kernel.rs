@@ -385,7 +385,7 @@ fn service_cidrs_change_into_each_other() {
             &[],
         ] {
             plan.node.service_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
-            let applied = backend.sync(&plan).unwrap();
+            let applied = backend.apply(&plan, &[]).unwrap();
             assert!((1..=16).contains(&applied.objects_changed), "{cidrs:?}: {}", applied.objects_changed);
             assert_eq!(backend.verify().unwrap(), [], "{cidrs:?}");
             assert_eq!(audit(&mut backend), Vec::<String>::new(), "{cidrs:?}");
@@ -394,6 +394,17 @@ fn service_cidrs_change_into_each_other() {
                 0,
                 "{cidrs:?}: adopted"
             );
+        }
+        for (range, change) in [
+            ("10.96.0.0/12", "delete element ip lockstep service_cidrs { 10.96.0.0/12 }"),
+            ("10.96.0.0/13", "add element ip lockstep service_cidrs { 10.112.0.0/16 }"),
+        ] {
+            plan.node.service_cidrs = vec![range.parse().unwrap()];
+            backend.apply(&plan, &[]).unwrap();
+            assert_eq!(backend.verify().unwrap(), [], "{range}");
+            run("nft", &[change]);
+            assert_ne!(backend.verify().unwrap(), [], "{change}");
+            assert!(backend.sync(&plan).unwrap().objects_changed > 0, "{change}");
         }
     });
 }

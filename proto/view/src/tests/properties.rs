@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::cluster::{Cluster, Draw, ip};
 use super::oracle::Oracle;
-use crate::{ForwardingPlan, NodePortScope, PodSources, View};
+use crate::{ForwardingPlan, NodePlan, NodePortScope, PodSources, View};
 
 /// Sorted pairs of an old and a new plan, as the set of keys in which they differ.
 fn differences<T: PartialEq>(
@@ -97,7 +97,10 @@ proptest! {
             let oracle = Oracle::new(&config, &node, &cluster.state);
             prop_assert_eq!(pods(cluster.view.plan()), oracle.pods());
             prop_assert_eq!(localhost(cluster.view.plan()), oracle.localhost(&interfaces));
-            prop_assert_eq!(changed.node, cluster.view.plan().node != node_before);
+            let node_after = &cluster.view.plan().node;
+            prop_assert_eq!(changed.service_cidrs, node_after.service_cidrs != node_before.service_cidrs);
+            let rest_of = |node: &NodePlan| NodePlan { service_cidrs: Vec::new(), ..node.clone() };
+            prop_assert_eq!(changed.node, rest_of(node_after) != rest_of(&node_before));
             prop_assert_eq!(&cluster.view.plan().node.service_cidrs, &oracle.service_cidrs());
             let oracle = oracle.plans();
             for key in differences(&after, &oracle) {

@@ -7,8 +7,8 @@ use lockstep_model::{
 use super::cluster::*;
 use crate::explain::{Exclusion, explain};
 use crate::{
-    Action, DetectLocal, Facts, HealthCheck, InterfaceName, NodePortAddresses, NodePortScope, PodSources,
-    Pool, PortPlan, ServicePlan, Surface, Target, ViewConfig, load_balancers_may_use,
+    Action, Changed, DetectLocal, Facts, HealthCheck, InterfaceName, NodePortAddresses, NodePortScope,
+    PodSources, Pool, PortPlan, ServicePlan, Surface, Target, ViewConfig, load_balancers_may_use,
 };
 
 /// `address:port` of a pool.
@@ -329,7 +329,7 @@ fn node_port_addresses_per_family() {
 #[test]
 fn a_node_whose_addresses_are_unknown_answers_node_ports_at_all_of_them() {
     let config = ViewConfig { node_port_addresses: NodePortAddresses::Primary, ..config() };
-    let unknown = lockstep_model::NodeContext::unknown("node-a");
+    let unknown = NodeContext::unknown("node-a");
     let plan = config.node_plan(&unknown, &[ip("192.168.7.7")], &[]);
     assert_eq!(plan.node_ports(Family::V4), &NodePortScope::AllLocal);
     // A family that a known node has no address of is another matter.
@@ -471,7 +471,7 @@ fn service_cidrs_are_the_nodes_and_concern_no_service() {
     let mut cluster = Cluster::new(config());
     cluster.put(service("a/web", &["172.30.0.1"]));
     let changed = cluster.put(cidr("kubernetes", &["172.30.0.0/24", "fd00:30::/112"]));
-    assert_eq!((changed.services, changed.node), (vec![], true));
+    assert_eq!(changed, Changed { services: vec![], node: false, service_cidrs: true });
     let ranges = |cluster: &Cluster| {
         let ranges = cluster.view.plan().node.service_cidrs.iter();
         ranges.map(ToString::to_string).collect::<Vec<_>>().join(" ")
@@ -481,11 +481,11 @@ fn service_cidrs_are_the_nodes_and_concern_no_service() {
     cluster.put(cidr("more", &["172.30.0.0/16"]));
     assert_eq!(ranges(&cluster), "172.30.0.0/16 fd00:30::/112");
     // Node and addresses may change beside them.
-    cluster.view.set_node(node());
-    cluster.view.update(&cluster.state, &[]);
+    cluster.view.set_node(NodeContext { zone: None, ..node() });
+    assert!(!cluster.view.update(&cluster.state, &[]).service_cidrs);
     assert_eq!(ranges(&cluster), "172.30.0.0/16 fd00:30::/112");
-    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("kubernetes".into()))).node);
-    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("more".into()))).node);
+    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("kubernetes".into()))).service_cidrs);
+    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("more".into()))).service_cidrs);
     assert_eq!(ranges(&cluster), "");
     let mut v4_only = Cluster::new(ViewConfig { families: vec![Family::V4], ..config() });
     v4_only.put(cidr("kubernetes", &["172.30.0.0/24", "fd00:30::/112"]));
@@ -549,7 +549,7 @@ fn load_balancers_leave_a_node_alone_that_nobody_knows_or_that_is_on_its_way_out
     let known = node();
     assert!(load_balancers_may_use(&known));
     assert!(!load_balancers_may_use(&NodeContext { being_removed: true, ..known.clone() }));
-    assert!(!load_balancers_may_use(&lockstep_model::NodeContext::unknown("n1")));
+    assert!(!load_balancers_may_use(&NodeContext::unknown("n1")));
     // It changes nothing of what is programmed.
     let mut cluster = Cluster::new(config());
     let web = service("a/web", &["172.30.0.1"]);
