@@ -24,6 +24,7 @@
 mod adopt;
 mod change;
 mod contents;
+mod keep;
 mod layout;
 mod names;
 mod node;

@@ -1,6 +1,7 @@
 //! Writing: whole tables, differences, single Services.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lockstep_kernel::netlink::Refusal;
@@ -12,7 +13,8 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::adopt::{Observed, adopt_service, compare, note_serials};
 use crate::change::{stage_anew, stage_change};
-use crate::contents::check;
+use crate::contents::{Installed, check};
+use crate::keep::Places;
 use crate::layout;
 use crate::names::TABLE;
 use crate::node::stage_service_cidrs;
@@ -148,6 +150,7 @@ impl<N: Netfilter> Nftables<N> {
             staged.push((one, stage_change(&mut self.stage, old, one.plan)));
             self.stage.seal(position);
         }
+        let kept = self.stage_kept(changed, excluded);
         self.state.stage_hairpin(&mut self.stage);
         if let Some(node) = &self.state.node {
             stage_service_cidrs(&mut self.stage, &node.service_cidrs, &plan.node.service_cidrs);
@@ -163,11 +166,45 @@ impl<N: Netfilter> Nftables<N> {
                 (None, _) => self.state.services.remove(one.key),
             }
         }
+        for (key, slot, installed) in kept {
+            match installed {
+                Some(installed) => self.state.services.replace(slot, installed),
+                None => {
+                    self.state.services.remove(&key);
+                    self.failures.entry(key).and_modify(|failure| failure.previous_in_force = false);
+                }
+            }
+        }
         if let Some(node) = &mut self.state.node {
             node.service_cidrs.clone_from(&plan.node.service_cidrs);
         }
         self.reap();
         Ok(objects)
+    }
+
+    /// Takes from Services that are left out, now or before, what the changed ones are given.
+    fn stage_kept(
+        &mut self,
+        changed: &[Changed<'_>],
+        excluded: &Excluded,
+    ) -> Vec<(ServiceKey, usize, Option<Installed>)> {
+        if excluded.is_empty() && self.failures.is_empty() {
+            return Vec::new();
+        }
+        let written = || changed.iter().filter(|one| !excluded.contains_key(one.key));
+        let given = Places::of(written().filter_map(|one| one.plan));
+        let written: FxHashSet<&ServiceKey> = written().map(|one| one.key).collect();
+        let keys: BTreeSet<&ServiceKey> = excluded.keys().chain(self.failures.keys()).collect();
+        let mut kept = Vec::new();
+        for key in keys.into_iter().filter(|key| !written.contains(key)) {
+            let Some(slot) = self.state.services.slot(key) else { continue };
+            let Some(old) = self.state.services.at(slot) else { continue };
+            let rest = given.leave(&old.plan);
+            if !matches!(rest, Some(Cow::Borrowed(_))) {
+                kept.push((key.clone(), slot, stage_change(&mut self.stage, Some(old), rest.as_deref())));
+            }
+        }
+        kept
     }
 
     /// Commits what is staged and brings the state's counts up to it. Returns how many
@@ -423,17 +460,21 @@ fn next_generation(generation: u32) -> u32 {
     generation.checked_add(1).unwrap_or(1)
 }
 
-/// What should be in force: the plan, with the version before for Services left out.
+/// What should be in force: the plan, with what Services left out keep of the version before.
 fn desired<'a>(
     state: &'a State,
     plan: &'a ForwardingPlan,
     excluded: &Excluded,
-) -> Vec<(&'a ServiceKey, &'a Arc<ServicePlan>)> {
+) -> Vec<(&'a ServiceKey, Cow<'a, Arc<ServicePlan>>)> {
+    let given = match excluded.is_empty() {
+        true => Places::default(),
+        false => Places::of(plan.services.values().filter(|service| !excluded.contains_key(&service.key))),
+    };
     let choose = |(key, planned): (&'a ServiceKey, &'a Arc<ServicePlan>)| {
         if excluded.contains_key(key) {
-            return state.services.get(key).map(|installed| (key, &installed.plan));
+            return given.leave(&state.services.get(key)?.plan).map(|kept| (key, kept));
         }
-        Some((key, planned))
+        Some((key, Cow::Borrowed(planned)))
     };
     plan.services.iter().filter_map(choose).collect()
 }

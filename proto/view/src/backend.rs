@@ -87,7 +87,8 @@ pub struct ServiceFailure {
     pub kind: FailureKind,
     /// The fault, for people: object, cause.
     pub message: String,
-    /// True = the version before is still in force; false = nothing of it is.
+    /// True = the version before is still in force, but for addresses and ports that the plan
+    /// gives to others; false = nothing of it is.
     pub previous_in_force: bool,
 }
 
