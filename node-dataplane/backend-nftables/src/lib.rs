@@ -33,6 +33,7 @@ mod probe;
 mod program;
 mod rules;
 mod sets;
+mod skeleton;
 mod stage;
 mod state;
 mod text;

@@ -291,6 +291,25 @@ fn foreign_changes_are_noticed_and_repaired_and_our_own_are_not() {
 }
 
 #[test]
+fn tables_that_cannot_be_mended_are_made_anew() {
+    let plan = every_shape();
+    let mut backend = synced(&plan);
+    let before = backend.render();
+    // The second time refusals are attributed, and this one is nobody's.
+    for refusals in [0, 2] {
+        let mut damage = Batch::new();
+        damage.flush_chain(Family::Ipv4, "lockstep", "services");
+        backend.netfilter_mut().disturb(damage.finish()).unwrap();
+        assert_ne!(backend.audit(std::time::Duration::MAX).unwrap().drift, []);
+        (0..refusals).for_each(|_| backend.netfilter_mut().fail_once(Fault::Commit(Errno::BUSY)));
+        let anew = backend.sync(&plan).unwrap().objects_changed > 100;
+        assert_eq!(anew, refusals > 0);
+        assert_eq!(backend.verify().unwrap(), []);
+        assert_eq!(backend.render(), before);
+    }
+}
+
+#[test]
 fn chains_are_made_when_first_used_and_removed_when_last_left() {
     let mut plan = plan([small(1, &[1, 2])]);
     let mut backend = synced(&plan);
