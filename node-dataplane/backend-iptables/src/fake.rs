@@ -28,6 +28,8 @@ struct State {
     without_v6: bool,
     /// A commit is refused, without naming a line, where a rule has this text.
     hated: Option<String>,
+    /// How often a tool ran.
+    runs: usize,
 }
 
 impl Fake {
@@ -45,6 +47,10 @@ impl Fake {
 
     pub(crate) fn refuse(&self, text: Option<&str>) {
         self.state().hated = text.map(str::to_owned);
+    }
+
+    pub(crate) fn runs(&self) -> usize {
+        std::mem::take(&mut self.state().runs)
     }
 
     pub(crate) fn restores(&self) -> usize {
@@ -72,6 +78,7 @@ impl Fake {
 impl Run for Fake {
     fn run(&self, program: &str, arguments: &[&str], stdin: &[u8], _: Duration) -> Result<Output, ExecError> {
         let mut state = self.state();
+        state.runs += 1;
         let v6 = program.starts_with("ip6");
         if v6 && state.without_v6 {
             return Err(ExecError::NotFound { program: program.to_owned() });

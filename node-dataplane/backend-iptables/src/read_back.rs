@@ -25,6 +25,9 @@ const FEW: usize = 2_000;
 /// write deleted.
 pub(crate) fn read_back(state: &FamilyState, gone: bool) -> Result<Vec<Drift>, ToolError> {
     let touched = state.touched.as_ref();
+    if touched.is_some_and(is_nothing) {
+        return Ok(Vec::new());
+    }
     if let Some(touched) = touched.filter(|_| gone && state.tool.flavour == Flavour::Nft)
         && listed(state, touched)
     {
@@ -32,6 +35,11 @@ pub(crate) fn read_back(state: &FamilyState, gone: bool) -> Result<Vec<Drift>, T
     }
     let saved = state.tool.save()?;
     Ok(check::compare(state, &Snapshot::parse(&saved), touched, &Shared::ALL))
+}
+
+/// True where the last write had nothing to do, as where only ServiceCIDRs changed.
+fn is_nothing(touched: &Touched) -> bool {
+    touched.services.is_empty() && touched.shared.is_empty() && touched.gone.is_empty()
 }
 
 /// True where the chains that the last write touched are as they should be.

@@ -407,6 +407,29 @@ fn a_refusal_that_names_no_line_is_narrowed_down() {
 }
 
 #[test]
+fn service_cidrs_are_nothing_to_write_and_nothing_to_read() {
+    for flavour in [Flavour::Nft, Flavour::Legacy] {
+        let fake = Arc::new(Fake::default());
+        let mut backend = Iptables::open(Arc::clone(&fake) as Arc<dyn Run>, flavour).unwrap();
+        let mut plan = plan([simple(1)]);
+        backend.sync(&plan).unwrap();
+        assert_eq!(backend.verify().unwrap(), []);
+        assert!(fake.runs() > 0);
+        plan.node.service_cidrs = vec!["10.96.0.0/12".parse().unwrap()];
+        assert_eq!(backend.apply(&plan, &[]).unwrap().objects_changed, 0);
+        assert_eq!(backend.verify().unwrap(), []);
+        assert_eq!(fake.runs(), 0, "{flavour}");
+        let key = ServiceKey::new("default", "s1");
+        let mut other = simple(1);
+        other.ports[0].cluster = vec![target("10.244.0.9")];
+        plan.services.insert(key.clone(), Arc::new(other));
+        backend.apply(&plan, &[key]).unwrap();
+        assert_eq!(backend.verify().unwrap(), []);
+        assert!(fake.runs() >= 2, "{flavour}: one to write, one to read");
+    }
+}
+
+#[test]
 fn a_held_lock_changes_nothing_and_loses_nothing() {
     let fake = Arc::new(Fake::default());
     fake.take_v6_away();

@@ -129,9 +129,14 @@ pub(crate) fn stage_anew(stage: &mut Stage, old: Option<&Installed>, new: &Arc<S
         None => Installed::as_planned(new, |_, _, _| stage.next_serial()),
         Some(old) => numbered(stage, old, new, &pairs(old, new)),
     };
-    installed.each_element(&mut |family, set, key, datum| stage.add(family, set, key, datum));
-    new.ports.iter().for_each(|port| stage.count_hairpin(port, 1));
+    stage_whole(stage, &installed);
     installed
+}
+
+/// Stages every element of a Service, of which nothing is there.
+pub(crate) fn stage_whole(stage: &mut Stage, installed: &Installed) {
+    installed.each_element(&mut |family, set, key, datum| stage.add(family, set, key, datum));
+    installed.plan.ports.iter().for_each(|port| stage.count_hairpin(port, 1));
 }
 
 /// Positions of the same port before and after.

@@ -7,6 +7,7 @@ use lockstep_model::Family;
 use lockstep_view::{NodePlan, NodePortScope};
 
 use crate::sets::{Datum, Key, SetId, following};
+use crate::stage::Stage;
 
 /// Every element that is of no Service.
 pub(crate) fn each_element(node: &NodePlan, each: &mut impl FnMut(Family, SetId, &Key, Datum)) {
@@ -15,6 +16,20 @@ pub(crate) fn each_element(node: &NodePlan, each: &mut impl FnMut(Family, SetId,
     }
     for (first, last) in ranges(&node.service_cidrs) {
         each(Family::of(first), SetId::ServiceCidrs, &Key::address(first), Datum::UpTo(last));
+    }
+}
+
+/// Stages what takes the ranges of the ServiceCIDRs from `old` to `new`.
+pub(crate) fn stage_service_cidrs(stage: &mut Stage, old: &[IpNet], new: &[IpNet]) {
+    if old == new {
+        return;
+    }
+    let (old, new) = (ranges(old), ranges(new));
+    for (first, last) in old.iter().filter(|range| !new.contains(range)) {
+        stage.delete(Family::of(*first), SetId::ServiceCidrs, &Key::address(*first), Datum::UpTo(*last));
+    }
+    for (first, last) in new.iter().filter(|range| !old.contains(range)) {
+        stage.add(Family::of(*first), SetId::ServiceCidrs, &Key::address(*first), Datum::UpTo(*last));
     }
 }
 

@@ -5,8 +5,8 @@ use lockstep_model::{Family, Protocol};
 use lockstep_view::{NodePlan, NodePortScope, Pool};
 
 use crate::names::{Choice, SharedChain, Via, Way};
-use crate::program::write_skeleton;
 use crate::rules::kernel_family;
+use crate::skeleton::write_skeleton;
 use crate::state::State;
 use crate::{Error, layout};
 

@@ -1,22 +1,26 @@
 //! Writing: whole tables, differences, single Services.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lockstep_kernel::netlink::Refusal;
-use lockstep_kernel::nf_tables::{self, Batch, CommitError, Netfilter};
+use lockstep_kernel::nf_tables::{self, CommitError, Netfilter};
 use lockstep_model::{Family, ServiceKey};
 use lockstep_view::backend::FailureKind;
 use lockstep_view::{ForwardingPlan, NodePlan, ServicePlan};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::adopt::{Observed, adopt_service, compare, note_serials};
-use crate::change::{stage_anew, stage_change};
-use crate::contents::check;
-use crate::layout;
+use crate::change::{stage_anew, stage_change, stage_whole};
+use crate::contents::{Installed, check};
+use crate::keep::Places;
 use crate::names::TABLE;
+use crate::node::stage_service_cidrs;
+use crate::observe::Remembered;
 use crate::rules::kernel_family;
 use crate::sets::{Datum, Key, Ranges, SetId};
+use crate::skeleton::{Mending, declared, write_skeleton};
 use crate::stage::{Attribution, lane_index};
 use crate::state::{State, every_set, size_for};
 use crate::{Error, Nftables, node, observe};
@@ -84,7 +88,7 @@ impl<N: Netfilter> Nftables<N> {
         plan: &ForwardingPlan,
         changed: &[ServiceKey],
     ) -> Result<usize, Error> {
-        if self.state.node.as_ref() != Some(&plan.node) {
+        if !self.state.node.as_ref().is_some_and(|node| node.equals_but_for_service_cidrs(&plan.node)) {
             return self.sync_all(plan);
         }
         // Twice the same would be staged twice. Whoever sorts has no duplicates beside each other.
@@ -147,11 +151,15 @@ impl<N: Netfilter> Nftables<N> {
             staged.push((one, stage_change(&mut self.stage, old, one.plan)));
             self.stage.seal(position);
         }
+        let kept = self.stage_kept(changed, excluded);
         self.state.stage_hairpin(&mut self.stage);
+        if let Some(node) = &self.state.node {
+            stage_service_cidrs(&mut self.stage, &node.service_cidrs, &plan.node.service_cidrs);
+        }
         if !self.state.has_room(&self.stage) {
             return self.rebuild(plan, excluded, attributed);
         }
-        let objects = self.commit_stage(&plan.node, |position| changed[position].key.clone())?;
+        let objects = self.commit_stage(&plan.node, &[], |position| changed[position].key.clone())?;
         for (one, installed) in staged {
             match (installed, one.slot) {
                 (Some(installed), Some(slot)) => self.state.services.replace(slot, installed),
@@ -159,8 +167,45 @@ impl<N: Netfilter> Nftables<N> {
                 (None, _) => self.state.services.remove(one.key),
             }
         }
+        for (key, slot, installed) in kept {
+            match installed {
+                Some(installed) => self.state.services.replace(slot, installed),
+                None => {
+                    self.state.services.remove(&key);
+                    self.failures.entry(key).and_modify(|failure| failure.previous_in_force = false);
+                }
+            }
+        }
+        if let Some(node) = &mut self.state.node {
+            node.service_cidrs.clone_from(&plan.node.service_cidrs);
+        }
         self.reap();
         Ok(objects)
+    }
+
+    /// Takes from Services that are left out, now or before, what the changed ones are given.
+    fn stage_kept(
+        &mut self,
+        changed: &[Changed<'_>],
+        excluded: &Excluded,
+    ) -> Vec<(ServiceKey, usize, Option<Installed>)> {
+        if excluded.is_empty() && self.failures.is_empty() {
+            return Vec::new();
+        }
+        let written = || changed.iter().filter(|one| !excluded.contains_key(one.key));
+        let given = Places::of(written().filter_map(|one| one.plan));
+        let written: FxHashSet<&ServiceKey> = written().map(|one| one.key).collect();
+        let keys: BTreeSet<&ServiceKey> = excluded.keys().chain(self.failures.keys()).collect();
+        let mut kept = Vec::new();
+        for key in keys.into_iter().filter(|key| !written.contains(key)) {
+            let Some(slot) = self.state.services.slot(key) else { continue };
+            let Some(old) = self.state.services.at(slot) else { continue };
+            let rest = given.leave(&old.plan);
+            if !matches!(rest, Some(Cow::Borrowed(_))) {
+                kept.push((key.clone(), slot, stage_change(&mut self.stage, Some(old), rest.as_deref())));
+            }
+        }
+        kept
     }
 
     /// Commits what is staged and brings the state's counts up to it. Returns how many
@@ -168,16 +213,30 @@ impl<N: Netfilter> Nftables<N> {
     fn commit_stage(
         &mut self,
         node: &NodePlan,
+        mendings: &[Mending],
         service: impl Fn(usize) -> ServiceKey,
     ) -> Result<usize, Fault> {
-        let chains = self.state.chains_to_make(&self.stage);
-        let objects = self.stage.changes() + chains.len();
-        if objects == 0 {
+        let mut needed = BTreeSet::new();
+        let chains = if mendings.is_empty() {
+            self.state.chains_to_make(&self.stage)
+        } else {
+            needed = self.state.chains_needed(&self.stage);
+            needed.difference(&self.state.chains).copied().collect()
+        };
+        let mut objects = self.stage.changes() + chains.len();
+        if objects == 0 && mendings.is_empty() {
             return Ok(0);
         }
         self.batch.clear();
         self.batch.reserve(self.stage.bytes());
+        for mending in mendings {
+            objects += mending.declare(&mut self.batch, |set| self.state.size(mending.family, set));
+        }
         let attribution = self.stage.write(&mut self.batch, node, &chains);
+        for mending in mendings {
+            objects += mending.fill(&mut self.batch, node, &needed);
+            self.stage.written.everything = true;
+        }
         self.commit(&attribution, service)?;
         self.state.committed(&self.stage, chains);
         Ok(objects)
@@ -247,11 +306,19 @@ impl<N: Netfilter> Nftables<N> {
         let whole = |error: lockstep_kernel::netlink::Error| Fault::Whole(error.into());
         self.generation = Some(nf_tables::generation(&mut self.netfilter).map_err(whole)?);
         let mut state = State::of(&plan.node);
+        let mut mendings = Vec::new();
         for family in Family::ALL {
             let skeleton = observe::skeleton(&mut self.netfilter, family, &plan.node).map_err(whole)?;
             if let Some(first) = skeleton.drift.first() {
-                tracing::info!(differences = skeleton.drift.len(), %first, "making our tables anew");
-                return self.rebuild(plan, excluded, attributed);
+                let differences = skeleton.drift.len();
+                let Some(mending) = Mending::of(&mut self.netfilter, family, &plan.node).map_err(whole)?
+                else {
+                    tracing::info!(differences, %first, "making our tables anew");
+                    return self.rebuild(plan, excluded, attributed);
+                };
+                tracing::info!(differences, %first, "mending our table");
+                state.chains.extend(mending.shared.iter().map(|chain| (family, *chain)));
+                mendings.push(mending);
             }
             state.chains.extend(skeleton.chains.into_iter().map(|chain| (family, chain)));
             for (set, size) in skeleton.sizes {
@@ -279,7 +346,7 @@ impl<N: Netfilter> Nftables<N> {
             state.set_fill(family, set, found.len() * set.kernel_elements(), size);
             observed.insert((family, set), found);
         }
-        self.adopt(plan, excluded, attributed, state, observed)
+        self.adopt(plan, excluded, attributed, state, observed, &mendings)
     }
 
     /// Takes over what the kernel holds and writes only what differs.
@@ -290,6 +357,7 @@ impl<N: Netfilter> Nftables<N> {
         attributed: bool,
         mut state: State,
         mut observed: Observed,
+        mendings: &[Mending],
     ) -> Result<usize, Fault> {
         for ((family, _), elements) in &observed {
             for (_, datum) in elements.iter() {
@@ -339,6 +407,9 @@ impl<N: Netfilter> Nftables<N> {
                 stage.delete(family, set, &key, datum);
             }
         }
+        for (family, set) in mendings.iter().flat_map(|it| it.sets.iter().map(|set| (it.family, *set))) {
+            state.set_fill(family, set, 0, size_for(self.stage.lane(lane_index(family, set)).added));
+        }
         let has_room = state.has_room(&self.stage);
         let keys: Vec<ServiceKey> = desired.iter().map(|(key, _)| (*key).clone()).collect();
         // The state before stays until the transaction is made.
@@ -346,11 +417,16 @@ impl<N: Netfilter> Nftables<N> {
         if !has_room {
             return self.rebuild(plan, excluded, attributed).inspect_err(|_| self.state = before);
         }
-        match self.commit_stage(&plan.node, |position| keys[position].clone()) {
+        match self.commit_stage(&plan.node, mendings, |position| keys[position].clone()) {
             Ok(objects) => {
                 self.reap_again = true;
                 self.reap();
                 Ok(objects)
+            }
+            Err(Fault::Whole(Error::Commit(refused @ CommitError::Refused(_)))) if !mendings.is_empty() => {
+                tracing::warn!(%refused, "our tables cannot be mended, making them anew");
+                self.state = before;
+                self.rebuild(plan, excluded, attributed)
             }
             Err(fault) => {
                 self.state = before;
@@ -359,8 +435,26 @@ impl<N: Netfilter> Nftables<N> {
         }
     }
 
+    /// The endpoints that the kernel has in sets that are `declared` as ours, for a process that
+    /// wrote none of them; no serial number in there is given out again.
+    fn found(
+        &mut self,
+        declared: &FxHashSet<(Family, SetId)>,
+        remembered: &FxHashMap<(Family, SetId, Key), Remembered>,
+    ) -> Result<Observed, Fault> {
+        let mut found = Observed::default();
+        for (family, set) in every_set().filter(|of| declared.contains(of) && of.1.has_endpoints()) {
+            let elements = observe::elements(&mut self.netfilter, family, set);
+            found.insert((family, set), elements.map_err(|error| Fault::Whole(error.into()))?);
+        }
+        note_serials(&mut self.stage, &found);
+        remembered.values().for_each(|given| self.stage.serial_is_taken(given.serial));
+        Ok(found)
+    }
+
     /// Makes both tables anew, in one transaction that also deletes the old ones. Clients keep
-    /// their endpoints, but for those that get one between the dump and the transaction.
+    /// their endpoints, but for those that get one between the dump and the transaction, and those
+    /// in a map that is declared in another way.
     fn rebuild(
         &mut self,
         plan: &ForwardingPlan,
@@ -369,10 +463,27 @@ impl<N: Netfilter> Nftables<N> {
     ) -> Result<usize, Fault> {
         let mut state = State::of(&plan.node);
         self.stage.begin(attributed);
+        let whole = |error: lockstep_kernel::netlink::Error| Fault::Whole(error.into());
+        let declared = declared(&mut self.netfilter).map_err(whole)?;
+        let mut remembered = observe::remembered(&mut self.netfilter).map_err(whole)?;
+        remembered.retain(|(family, set, _), _| declared.contains(&(*family, *set)));
+        // What an earlier process gave to endpoints, clients may have.
+        let found = match self.state.node {
+            Some(_) => None,
+            None => Some(self.found(&declared, &remembered)?),
+        };
         let desired = desired(&self.state, plan, excluded);
         state.services.reserve(desired.len());
         for (position, (key, service)) in desired.iter().enumerate() {
-            let installed = stage_anew(&mut self.stage, self.state.services.get(key), service);
+            let stage = &mut self.stage;
+            let installed = match &found {
+                Some(found) => {
+                    let installed = adopt_service(service, found, || stage.next_serial());
+                    stage_whole(stage, &installed);
+                    installed
+                }
+                None => stage_anew(stage, self.state.services.get(key), service),
+            };
             state.services.insert((*key).clone(), installed);
             self.stage.seal(position);
         }
@@ -386,12 +497,8 @@ impl<N: Netfilter> Nftables<N> {
         }
         let chains = state.chains_to_make(&self.stage);
         let mut objects = self.stage.changes() + chains.len();
-        if self.state.node.is_some() {
-            let remembered =
-                observe::remembered(&mut self.netfilter).map_err(|error| Fault::Whole(error.into()))?;
-            for ((family, set, key), given) in &remembered {
-                self.stage.remember(*family, *set, key, *given);
-            }
+        for ((family, set, key), given) in &remembered {
+            self.stage.remember(*family, *set, key, *given);
         }
         self.batch.clear();
         self.batch.reserve(self.stage.bytes());
@@ -421,17 +528,21 @@ fn next_generation(generation: u32) -> u32 {
     generation.checked_add(1).unwrap_or(1)
 }
 
-/// What should be in force: the plan, with the version before for Services left out.
+/// What should be in force: the plan, with what Services left out keep of the version before.
 fn desired<'a>(
     state: &'a State,
     plan: &'a ForwardingPlan,
     excluded: &Excluded,
-) -> Vec<(&'a ServiceKey, &'a Arc<ServicePlan>)> {
+) -> Vec<(&'a ServiceKey, Cow<'a, Arc<ServicePlan>>)> {
+    let given = match excluded.is_empty() {
+        true => Places::default(),
+        false => Places::of(plan.services.values().filter(|service| !excluded.contains_key(&service.key))),
+    };
     let choose = |(key, planned): (&'a ServiceKey, &'a Arc<ServicePlan>)| {
         if excluded.contains_key(key) {
-            return state.services.get(key).map(|installed| (key, &installed.plan));
+            return given.leave(&state.services.get(key)?.plan).map(|kept| (key, kept));
         }
-        Some((key, planned))
+        Some((key, Cow::Borrowed(planned)))
     };
     plan.services.iter().filter_map(choose).collect()
 }
@@ -456,28 +567,4 @@ fn exclude(excluded: &mut Excluded, refused: Vec<(ServiceKey, Refusal)>) {
         };
         excluded.entry(key).or_insert((kind, message));
     }
-}
-
-/// Writes a table with its sets and fixed chains; returns how many objects that are.
-pub(crate) fn write_skeleton(
-    batch: &mut Batch,
-    table: &str,
-    family: Family,
-    node: &NodePlan,
-    size: impl Fn(SetId) -> u32,
-) -> usize {
-    let kernel = kernel_family(family);
-    batch.add_table(kernel, table);
-    for set in SetId::ALL {
-        batch.add_set(kernel, table, &set.declare(family, size(set)));
-    }
-    let fixed = layout::fixed(family, node);
-    for chain in &fixed {
-        batch.add_chain(kernel, table, &chain.chain);
-    }
-    let rules: Vec<_> = fixed.iter().flat_map(|chain| chain.kernel_rules(family)).collect();
-    for rule in &rules {
-        batch.add_rule(kernel, table, rule);
-    }
-    1 + SetId::ALL.len() + fixed.len() + rules.len()
 }

@@ -147,6 +147,11 @@ impl SetId {
         matches!(self, SetId::Affinity | SetId::NodeAffinity)
     }
 
+    /// It says which endpoint an index or a serial number is.
+    pub(crate) fn has_endpoints(self) -> bool {
+        !self.is_learned() && matches!(self.data(), Data::Fields(_))
+    }
+
     /// How it holds ranges.
     pub(crate) fn ranges(self) -> Ranges {
         match self {

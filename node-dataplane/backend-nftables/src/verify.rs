@@ -20,7 +20,7 @@ use crate::names::{SharedChain, TABLE};
 use crate::rules::kernel_family;
 use crate::sets::{Datum, Key, Ranges, SetId, target_bytes};
 use crate::state::every_set;
-use crate::{Error, Nftables, observe};
+use crate::{Error, Nftables, node, observe};
 
 /// `NFT_MSG_NEWGEN`: ends the notifications of every transaction.
 const NEW_GENERATION: u16 = 15;
@@ -61,6 +61,11 @@ impl<N: Netfilter> Nftables<N> {
         let mut drift = Vec::new();
         for (family, set) in every_set() {
             let Some(keys) = expected.get(&(family, set)) else { continue };
+            if set.ranges() == Ranges::ByEnds {
+                // No Service has any of them, so none has to be walked.
+                drift.extend(self.compare_service_cidrs(family)?);
+                continue;
+            }
             if set.ranges() != Ranges::None {
                 // Ranges cannot be asked for one by one in a way that shows their ends.
                 drift.extend(self.compare_set(family, set)?);
@@ -84,6 +89,20 @@ impl<N: Netfilter> Nftables<N> {
             drift.extend(count.drift(family, set));
         }
         Ok(drift)
+    }
+
+    fn compare_service_cidrs(&mut self, family: Family) -> Result<Option<Drift>, Error> {
+        let mut found = observe::elements(&mut self.netfilter, family, SetId::ServiceCidrs)?;
+        let mut count = Difference::default();
+        if let Some(node) = &self.state.node {
+            node::each_element(node, &mut |of, set, key, datum| {
+                if (of, set) == (family, SetId::ServiceCidrs) {
+                    count.note(Some(&datum), found.remove(key).as_ref(), |expected, found| expected == found);
+                }
+            });
+        }
+        count.unexpected += found.len();
+        Ok(count.drift(family, SetId::ServiceCidrs))
     }
 
     fn compare_skeleton(&mut self, family: Family) -> Result<Vec<Drift>, Error> {

@@ -80,6 +80,24 @@ fn the_rest_of_a_cluster_ip_moves_with_one_element_out_and_one_in() {
 }
 
 #[test]
+fn a_change_of_the_service_cidrs_reads_nothing_and_writes_their_difference() {
+    let mut plan = plan([small(1, &[1])]);
+    let mut backend = synced(&plan);
+    // It is there for the first dump, so a comparison would fail.
+    backend.netfilter_mut().fail_once(Fault::Dump(Errno::NOMEM));
+    plan.node.service_cidrs = ["10.96.0.0/13", "fd00:96::/112"].map(|cidr| cidr.parse().unwrap()).to_vec();
+    plan.services.insert(key("s2"), small(2, &[2]));
+    // A range out and a range in, of two elements each, and the three of a Service's.
+    assert_eq!(backend.apply(&plan, &[key("s2")]).unwrap().objects_changed, 4 + 3);
+    plan.node.service_cidrs.pop();
+    assert_eq!(backend.apply(&plan, &[]).unwrap().objects_changed, 2);
+    backend.verify().expect_err("the dump that fails");
+    assert_eq!(backend.verify().unwrap(), []);
+    assert_eq!(backend.apply(&plan, &[]).unwrap().objects_changed, 0);
+    assert_eq!(backend.sync(&plan).unwrap().objects_changed, 0);
+}
+
+#[test]
 fn one_refused_service_keeps_its_version_and_hurts_nobody() {
     let mut plan = plan([small(1, &[1]), small(2, &[2])]);
     let mut backend = synced(&plan);
@@ -104,6 +122,72 @@ fn one_refused_service_keeps_its_version_and_hurts_nobody() {
     backend.netfilter_mut().refuse_nothing();
     let healed = backend.sync(&plan).unwrap();
     assert_eq!(healed.failures, []);
+    assert_eq!(backend.verify().unwrap(), []);
+}
+
+/// `small`, at 10.96.1.9, too.
+fn with_nine(n: u8, pods: &[u8]) -> std::sync::Arc<lockstep_view::ServicePlan> {
+    let mut service = (*small(n, pods)).clone();
+    service.cluster_ips.push(ip("10.96.1.9"));
+    service.ports[0].frontends.push(cluster_ip("10.96.1.9", 80));
+    std::sync::Arc::new(service)
+}
+
+#[test]
+fn a_service_that_is_left_out_pushes_nobody_out_who_is_given_its_address() {
+    let before = || plan([with_nine(1, &[1]), small(2, &[2])]);
+    let mut after = plan([small(1, &[1, 5]), with_nine(2, &[2])]);
+    for (full, steps) in [
+        (true, &[][..]),
+        (false, &[&["s1", "s2"][..]]),
+        // The one that loses it fails, and the other one comes later.
+        (false, &[&["s1"], &["s2"]]),
+    ] {
+        let mut backend = synced(&before());
+        backend.netfilter_mut().refuse_key(&endpoint_key(1, 1), Errno::NOMEM);
+        let mut failures = Vec::new();
+        if full {
+            failures = backend.sync(&after).unwrap().failures;
+        } else {
+            // None of it is a full comparison, which this would fail.
+            backend.netfilter_mut().fail_once(Fault::Dump(Errno::NOMEM));
+        }
+        let mut now = before();
+        for step in steps {
+            for name in *step {
+                now.services.insert(key(name), after.services[&key(name)].clone());
+            }
+            let changed: Vec<_> = step.iter().map(|name| key(name)).collect();
+            failures = backend.apply(&now, &changed).unwrap().failures;
+            assert_eq!(backend.verify().unwrap(), []);
+        }
+        if !full {
+            backend.sync(&after).expect_err("the dump that fails");
+        }
+        let failed: Vec<_> =
+            failures.iter().map(|failure| (&failure.service, failure.previous_in_force)).collect();
+        assert_eq!(failed, [(&key("s1"), true)], "{steps:?}");
+        assert_eq!(backend.verify().unwrap(), []);
+        let mut elements = |set| backend.netfilter_mut().elements(Family::Ipv4, "lockstep", set);
+        assert_eq!(elements("cluster_ips").keys().map(|key| key[3]).collect::<Vec<_>>(), [1, 2, 9]);
+        let endpoints = elements("endpoints");
+        assert!(endpoints[&endpoint_key(9, 0)].windows(4).any(|bytes| bytes == [10, 244, 0, 2]));
+        assert!(endpoints.contains_key(&endpoint_key(1, 0)));
+        backend.netfilter_mut().refuse_nothing();
+        assert_eq!(backend.apply(&after, &[key("s1")]).unwrap().failures, []);
+        assert_eq!(backend.verify().unwrap(), []);
+        assert_eq!(backend.sync(&after).unwrap().objects_changed, 0);
+    }
+    // Where all it had is somebody else's, nothing of it is in force.
+    let mut backend = synced(&plan([small(1, &[1])]));
+    let mut moved = (*small(1, &[1])).clone();
+    moved.key = key("s2");
+    after.services.insert(key("s2"), std::sync::Arc::new(moved));
+    after.services.insert(key("s1"), small(3, &[3]));
+    backend.netfilter_mut().refuse_key(&endpoint_key(3, 0), Errno::NOMEM);
+    let failures = backend.apply(&after, &[key("s1"), key("s2")]).unwrap().failures;
+    assert_eq!(failures.len(), 1);
+    assert_eq!((&failures[0].service, failures[0].previous_in_force), (&key("s1"), false));
     assert_eq!(backend.verify().unwrap(), []);
 }
 
@@ -204,6 +288,25 @@ fn foreign_changes_are_noticed_and_repaired_and_our_own_are_not() {
     theirs.delete_table(Family::Ipv4, "theirs");
     backend.netfilter_mut().disturb(theirs.finish()).unwrap();
     assert!(backend.disturbed().unwrap(), "what was lost may have been ours");
+}
+
+#[test]
+fn tables_that_cannot_be_mended_are_made_anew() {
+    let plan = every_shape();
+    let mut backend = synced(&plan);
+    let before = backend.render();
+    // The second time refusals are attributed, and this one is nobody's.
+    for refusals in [0, 2] {
+        let mut damage = Batch::new();
+        damage.flush_chain(Family::Ipv4, "lockstep", "services");
+        backend.netfilter_mut().disturb(damage.finish()).unwrap();
+        assert_ne!(backend.audit(std::time::Duration::MAX).unwrap().drift, []);
+        (0..refusals).for_each(|_| backend.netfilter_mut().fail_once(Fault::Commit(Errno::BUSY)));
+        let anew = backend.sync(&plan).unwrap().objects_changed > 100;
+        assert_eq!(anew, refusals > 0);
+        assert_eq!(backend.verify().unwrap(), []);
+        assert_eq!(backend.render(), before);
+    }
 }
 
 #[test]

@@ -287,6 +287,68 @@ fn clients_keep_their_endpoints_when_the_tables_are_made_anew() {
     });
 }
 
+/// Leaves a table as a release did that had neither the sets nor the chain.
+const WITHOUT_CLUSTER_IPS_CHECK: &str = "flush chain ip lockstep filter-forward; flush chain ip lockstep filter-output; delete chain ip lockstep cluster-ips-check; delete set ip lockstep service_cidrs; delete set ip lockstep cluster_ips";
+
+/// Which table it is: one that is made anew has another handle.
+fn handle() -> String {
+    let listing = run("nft", &["-a", "list", "table", "ip", "lockstep"]);
+    listing.lines().next().unwrap().to_owned()
+}
+
+#[test]
+fn an_upgrade_adds_what_the_release_before_lacked_and_clients_keep_their_endpoints() {
+    for damage in [
+        WITHOUT_CLUSTER_IPS_CHECK,
+        "add rule ip lockstep services counter; flush chain ip lockstep svc.c3s10800; flush chain ip lockstep refuse",
+        // A chain of ours that nothing leads to, and one to which nothing can lead before it is made.
+        "add chain ip lockstep svc.c9; add rule ip lockstep svc.c9 counter; flush map ip lockstep frontends; flush map ip lockstep nodeports; flush chain ip lockstep svc.c3s10800.c3s10800m.c3s10800m; flush chain ip lockstep svc.c3s10800.c3s10800m.l1s10800; delete chain ip lockstep svc.c3s10800m",
+    ] {
+        in_namespace(|| {
+            let plan = every_shape();
+            let first = synced(&plan);
+            let rendered = first.render();
+            drop(first);
+            remember_a_client();
+            let table = handle();
+            run("nft", &[damage]);
+            let mut second = Nftables::open().unwrap();
+            assert_eq!(second.sync(&plan).unwrap().failures, [], "{damage}");
+            assert_eq!(second.verify().unwrap(), [], "{damage}");
+            assert_eq!(audit(&mut second), Vec::<String>::new(), "{damage}");
+            assert!(!second.disturbed().unwrap(), "{damage}: our own change");
+            assert_eq!(second.render(), rendered, "{damage}: the same serial numbers");
+            assert_eq!(handle(), table, "{damage}");
+            assert!(clients().contains("10.9.9.9"), "{damage}");
+            assert_eq!(Nftables::open().unwrap().sync(&plan).unwrap().objects_changed, 0, "{damage}");
+        });
+    }
+}
+
+/// Where a set is declared in another way, there is no other way than tables made anew.
+#[test]
+fn clients_keep_their_endpoints_when_a_fresh_process_makes_the_tables_anew() {
+    in_namespace(|| {
+        let plan = every_shape();
+        let first = synced(&plan);
+        let rendered = first.render();
+        drop(first);
+        remember_a_client();
+        // A map of clients that nobody can read is no reason not to begin.
+        let damage = "delete set ip lockstep node_ips; add set ip lockstep node_ips { type ipv4_addr . ipv4_addr; }; flush chain ip6 lockstep services; delete table ip6 lockstep; add table ip6 lockstep; add map ip6 lockstep affinity { type inet_service : mark; flags timeout; }; add element ip6 lockstep affinity { 80 timeout 3h : 1 }";
+        run("nft", &[damage]);
+        let table = handle();
+        let mut second = Nftables::open().unwrap();
+        assert_eq!(second.sync(&plan).unwrap().failures, []);
+        assert_eq!(second.verify().unwrap(), []);
+        assert_eq!(audit(&mut second), Vec::<String>::new());
+        let of_v4 = |text: &str| text.split("table ip6").next().unwrap().to_owned();
+        assert_eq!(of_v4(&second.render()), of_v4(&rendered), "the same serial numbers");
+        assert_ne!(handle(), table);
+        assert!(clients().contains("10.9.9.9"));
+    });
+}
+
 #[test]
 fn drift_is_found_and_repaired() {
     in_namespace(|| {
@@ -330,11 +392,7 @@ fn drift_is_found_and_repaired() {
                 "set ip6 lockstep service_cidrs: 1 element not ours",
             ),
             ("flush chain ip6 lockstep cluster-ips-check", "chain ip6 lockstep cluster-ips-check: differs"),
-            (
-                // As a release left it that had neither the sets nor the chain.
-                "flush chain ip lockstep filter-forward; flush chain ip lockstep filter-output; delete chain ip lockstep cluster-ips-check; delete set ip lockstep service_cidrs; delete set ip lockstep cluster_ips",
-                "set ip lockstep service_cidrs: missing",
-            ),
+            (WITHOUT_CLUSTER_IPS_CHECK, "set ip lockstep service_cidrs: missing"),
             ("delete table ip lockstep", "set ip lockstep frontends: missing"),
             ("flush ruleset", "set ip6 lockstep allowed: missing"),
         ];
@@ -444,7 +502,7 @@ fn service_cidrs_change_into_each_other() {
             &[],
         ] {
             plan.node.service_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
-            let applied = backend.sync(&plan).unwrap();
+            let applied = backend.apply(&plan, &[]).unwrap();
             assert!((1..=16).contains(&applied.objects_changed), "{cidrs:?}: {}", applied.objects_changed);
             assert_eq!(backend.verify().unwrap(), [], "{cidrs:?}");
             assert_eq!(audit(&mut backend), Vec::<String>::new(), "{cidrs:?}");
@@ -453,6 +511,17 @@ fn service_cidrs_change_into_each_other() {
                 0,
                 "{cidrs:?}: adopted"
             );
+        }
+        for (range, change) in [
+            ("10.96.0.0/12", "delete element ip lockstep service_cidrs { 10.96.0.0/12 }"),
+            ("10.96.0.0/13", "add element ip lockstep service_cidrs { 10.112.0.0/16 }"),
+        ] {
+            plan.node.service_cidrs = vec![range.parse().unwrap()];
+            backend.apply(&plan, &[]).unwrap();
+            assert_eq!(backend.verify().unwrap(), [], "{range}");
+            run("nft", &[change]);
+            assert_ne!(backend.verify().unwrap(), [], "{change}");
+            assert!(backend.sync(&plan).unwrap().objects_changed > 0, "{change}");
         }
     });
 }

@@ -344,6 +344,35 @@ fn an_endpoint_that_leaves_takes_its_clients_with_it_at_once_and_others_keep_the
 }
 
 #[test]
+fn clients_keep_their_endpoints_through_an_upgrade_that_adds_sets_and_chains() {
+    let frontends = || vec![cluster_ip("10.96.0.5", 80), external(Surface::NodePort, 30005)];
+    let port = one("", vec![to_pod(1), to_pod(2)], frontends());
+    let desired = plan([service("sticky", vec![affine(port, 3600)])]);
+    on_node(&desired, |world, _| {
+        let addresses = ["10.96.0.5:80", "192.168.9.1:30005"];
+        let first = addresses.map(|address| who(world.client.dial(address)));
+        // As a release left it that had none of this.
+        run(
+            "nft",
+            &[
+                "flush chain ip lockstep filter-forward; flush chain ip lockstep filter-output; delete chain ip lockstep cluster-ips-check; delete set ip lockstep service_cidrs; delete set ip lockstep cluster_ips",
+            ],
+        );
+        let mut next = Nftables::open().unwrap();
+        assert_eq!(next.sync(&desired).unwrap().failures, []);
+        assert_eq!(next.verify().unwrap(), []);
+        for _ in 0..24 {
+            assert_eq!(addresses.map(|address| who(world.client.dial(address))), first);
+        }
+        assert_eq!(
+            world.client.dial("10.96.0.5:81"),
+            Err(ErrorKind::ConnectionRefused),
+            "what was added is in force"
+        );
+    });
+}
+
+#[test]
 fn time_frees_a_client_and_every_connection_begins_it_anew() {
     let port = one("", vec![to_pod(1), to_pod(2)], vec![cluster_ip("10.96.0.5", 80)]);
     on_node(&plan([service("sticky", vec![affine(port, 4)])]), |world, _| {

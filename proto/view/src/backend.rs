@@ -24,8 +24,10 @@ pub trait Backend {
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError>;
 
     /// Brings `changed` Services to what the plan says; a key the plan does not have is
-    /// removed. The caller guarantees that nothing else changed since the last `sync` or
-    /// `apply`, [`NodePlan`](crate::NodePlan) included. Costs what `changed` costs.
+    /// removed. The ServiceCIDRs of the plan are taken in with them, where the backend has a use
+    /// for any. The caller guarantees that nothing else changed since the last `sync` or
+    /// `apply`, the rest of [`NodePlan`](crate::NodePlan) included. Costs what `changed` and the
+    /// ServiceCIDRs cost.
     ///
     /// All or nothing per Service: what fails for one Service is undone or left out for
     /// that Service alone and reported in [`Applied::failures`]. `Err` means that nothing
@@ -85,7 +87,8 @@ pub struct ServiceFailure {
     pub kind: FailureKind,
     /// The fault, for people: object, cause.
     pub message: String,
-    /// True = the version before is still in force; false = nothing of it is.
+    /// True = the version before is still in force, but for addresses and ports that the plan
+    /// gives to others; false = nothing of it is.
     pub previous_in_force: bool,
 }
 

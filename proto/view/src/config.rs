@@ -67,6 +67,8 @@ pub struct Facts {
     planned: [bool; 2],
     /// Families in which pods can be told from others.
     pods: [bool; 2],
+    /// Pods of other nodes are told as pods, too.
+    pub tells_remote_pods: bool,
     /// Masquerade everything that is sent to a cluster IP.
     pub masquerade_all: bool,
 }
@@ -176,6 +178,8 @@ impl Facts {
             primary: Family::ALL.map(|family| primary(node, family)),
             planned: Family::ALL.map(|family| config.families.contains(&family)),
             pods: Family::ALL.map(|family| pods.as_ref().is_some_and(|pods| pods.tells(family))),
+            // The node's own ranges and interfaces tell its own pods; all others are elsewhere.
+            tells_remote_pods: matches!(config.detect_local, DetectLocal::ClusterCidrs(_)),
             masquerade_all: config.masquerade_all,
         }
     }

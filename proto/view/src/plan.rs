@@ -22,7 +22,8 @@ pub struct ForwardingPlan {
     pub services: FxHashMap<ServiceKey, Arc<ServicePlan>>,
 }
 
-/// What holds for the node as a whole. A change of it concerns every Service.
+/// What holds for the node as a whole. A change of it concerns every Service, but for one of
+/// `service_cidrs`, which concerns none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodePlan {
     /// Which packets count as [`Source::Pod`]; `None` = no way to tell, so none do.
@@ -102,7 +103,8 @@ pub struct PortPlan {
     /// Targets among `cluster` and `local` that can meet themselves as clients (hairpin), sorted;
     /// their packets must then be masqueraded. These are the ones on this node, the ones that do
     /// not say where they are, and all of them where an external address leads pods to `cluster`
-    /// with their address kept: a pod of another node can dial a node port here.
+    /// with their address kept and pods of other nodes are told as pods: one can dial a node port
+    /// here.
     pub hairpin: Vec<Target>,
     /// UDP only: every endpoint anywhere that serves, sorted. A flow that is established may go
     /// on to any of these, whatever policy or topology say about new ones, see
@@ -220,6 +222,23 @@ pub struct Conflict {
 }
 
 impl NodePlan {
+    /// True where the two differ in nothing that concerns Services.
+    pub fn equals_but_for_service_cidrs(&self, other: &NodePlan) -> bool {
+        let NodePlan {
+            pods,
+            node_ports_v4,
+            node_ports_v6,
+            localhost_node_ports,
+            masquerade_mark,
+            service_cidrs: _,
+        } = self;
+        *pods == other.pods
+            && *node_ports_v4 == other.node_ports_v4
+            && *node_ports_v6 == other.node_ports_v6
+            && *localhost_node_ports == other.localhost_node_ports
+            && *masquerade_mark == other.masquerade_mark
+    }
+
     /// Where node ports answer in a family.
     pub fn node_ports(&self, family: Family) -> &NodePortScope {
         match family {

@@ -113,9 +113,10 @@ fn port_plan(
     let external = decide::external(service.external_traffic_policy, situation);
     let uses_cluster = inside && internal.uses(Pool::Cluster) || outside && external.uses(Pool::Cluster);
     let cluster = if uses_cluster { candidates.cluster(facts) } else { Vec::new() };
-    // A pod of another node that dials a node port here keeps its address, so it can meet itself.
+    // A pod of another node that dials a node port here keeps its address, so it can meet itself:
+    // where it is told as a pod. Where it is not, it gets the local pool or is masqueraded.
     let short_circuit = Action::Forward { pool: Pool::Cluster, masquerade: false };
-    let everywhere = outside && external.from_pod == short_circuit;
+    let everywhere = outside && external.from_pod == short_circuit && facts.tells_remote_pods;
     let hairpin = candidates.hairpin(facts, uses_cluster, &local, everywhere);
     let serving = if port.protocol == Protocol::Udp { candidates.serving() } else { Vec::new() };
     let mut frontends = Vec::with_capacity(places.len());

@@ -27,8 +27,10 @@ pub struct View {
     index: Index,
     /// The facts changed since the last update: every Service is planned again.
     facts_changed: bool,
-    /// The node's part of the plan changed since the last update.
+    /// The node's part of the plan changed since the last update, beyond the ServiceCIDRs.
     node_changed: bool,
+    /// The ServiceCIDRs of the plan changed since the last update.
+    service_cidrs_changed: bool,
 }
 
 /// What an update changed in the plan.
@@ -36,14 +38,16 @@ pub struct View {
 pub struct Changed {
     /// Services whose plan is new, different or gone, sorted.
     pub services: Vec<ServiceKey>,
-    /// The node's part changed: a backend needs a sync.
+    /// The node's part changed beyond its ServiceCIDRs: a backend needs a sync.
     pub node: bool,
+    /// The ServiceCIDRs changed: `apply` takes them in.
+    pub service_cidrs: bool,
 }
 
 impl Changed {
     /// True where the plan is what it was.
     pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && !self.node
+        self.services.is_empty() && !self.node && !self.service_cidrs
     }
 }
 
@@ -65,6 +69,7 @@ impl View {
             index: Index::default(),
             facts_changed: false,
             node_changed: true,
+            service_cidrs_changed: false,
         }
     }
 
@@ -86,7 +91,8 @@ impl View {
         self.facts_changed |= facts != self.facts;
         self.facts = facts;
         let node = self.config.node_plan(&self.node, &self.interfaces, &self.service_cidrs);
-        self.node_changed |= node != self.plan.node;
+        self.node_changed |= !node.equals_but_for_service_cidrs(&self.plan.node);
+        self.service_cidrs_changed |= node.service_cidrs != self.plan.node.service_cidrs;
         self.plan.node = node;
     }
 
@@ -130,7 +136,11 @@ impl View {
             services.sort_unstable();
             services.dedup();
         }
-        Changed { services, node: std::mem::take(&mut self.node_changed) }
+        Changed {
+            services,
+            node: std::mem::take(&mut self.node_changed),
+            service_cidrs: std::mem::take(&mut self.service_cidrs_changed),
+        }
     }
 
     /// Claims first, then plans: a plan is made when everybody's claims are known.

@@ -52,8 +52,9 @@ impl Reconciler {
         } else if changed.is_empty() {
             Ok(None)
         } else {
-            self.backend.apply(self.view.plan(), &changed).map(Some)
+            self.backend.apply(self.view.plan(), &changed.services).map(Some)
         };
+        let changed = changed.services;
         let done = Instant::now();
         let stats = Stats {
             queue: started.saturating_duration_since(since.monotonic),
@@ -101,19 +102,19 @@ impl Reconciler {
         self.pending = Pending { any: true, full: true, ..pending };
     }
 
-    /// Brings the plan up to date. Returns the Services the backend must look at, sorted.
-    fn decide(&mut self, pending: &mut Pending, now: Now) -> Vec<ServiceKey> {
+    /// Brings the plan up to date. Returns what the backend must look at.
+    fn decide(&mut self, pending: &mut Pending, now: Now) -> Changed {
         let state = self.session.state();
         if !std::mem::replace(&mut self.viewed, true) {
             pending.services = state.service_keys().cloned().collect();
         }
-        let Changed { services: mut changed, node } = self.view.update(state, &pending.services);
-        pending.full |= node;
-        self.failures.planned(self.view.plan(), &changed, now);
+        let mut changed = self.view.update(state, &pending.services);
+        pending.full |= changed.node;
+        self.failures.planned(self.view.plan(), &changed.services, now);
         if !pending.retries.is_empty() {
-            changed.append(&mut pending.retries);
-            changed.sort_unstable();
-            changed.dedup();
+            changed.services.append(&mut pending.retries);
+            changed.services.sort_unstable();
+            changed.services.dedup();
         }
         changed
     }

@@ -179,6 +179,27 @@ fn a_change_is_applied_acknowledged_read_back_and_acknowledged() {
 }
 
 #[test]
+fn a_change_of_the_service_cidrs_is_no_full_comparison() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.connect();
+    bench.acks();
+    bench.kernel.lock().calls.clear();
+    bench.server.service_cidr("10.96.0.0/16");
+    bench.update();
+    assert_eq!(bench.kernel.lock().calls, ["apply ", "verify"]);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
+    assert!(!ack.stats.unwrap().full_sync);
+    // Together with a Service it is one pass.
+    bench.kernel.lock().calls.clear();
+    bench.server.service_cidr("10.96.0.0/12");
+    bench.server.service(1, 2);
+    bench.update();
+    assert_eq!(bench.kernel.lock().calls, ["apply shop/cart-1", "verify"]);
+}
+
+#[test]
 fn what_arrives_together_is_programmed_once() {
     let mut bench = Bench::new();
     bench.server.service(1, 1);

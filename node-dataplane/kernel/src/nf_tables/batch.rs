@@ -87,6 +87,14 @@ impl Batch {
         });
     }
 
+    /// Deletes the rules of a chain.
+    pub fn flush_chain(&mut self, family: Family, table: &str, chain: &str) {
+        self.message(libc::NFT_MSG_DELRULE, 0, family, |out| {
+            attr::put_text(out, 1, table);
+            attr::put_text(out, 2, chain);
+        });
+    }
+
     /// Appends a rule to its chain.
     pub fn add_rule(&mut self, family: Family, table: &str, rule: &Rule) {
         self.declared(|buffer, seq| declare::rule(buffer, seq, family, table, rule));

@@ -290,9 +290,12 @@ impl<'a> Oracle<'a> {
         }
         let both: BTreeSet<Target> = cluster.iter().chain(&local).copied().collect();
         let unmasked = Action::Forward { pool: Pool::Cluster, masquerade: false };
-        let from_afar = frontends
-            .iter()
-            .any(|it| !matches!(it.surface, Surface::ClusterIp(_)) && it.from_pod == unmasked);
+        // By its interface, or by the ranges of this node, a pod of another node is no pod.
+        let by_cluster = matches!(self.config.detect_local, DetectLocal::ClusterCidrs(_));
+        let from_afar = by_cluster
+            && frontends
+                .iter()
+                .any(|it| !matches!(it.surface, Surface::ClusterIp(_)) && it.from_pod == unmasked);
         let unknown = |it: &Endpoint| it.node_name.is_none();
         let met = |target: &Target| from_afar || here(all[target]) || unknown(all[target]);
         let hairpin = both.into_iter().filter(met).collect();

@@ -1,14 +1,14 @@
 //! The rules one by one, each by its name.
 
 use lockstep_model::{
-    EndpointPort, Family, Key, Protocol, ServiceCidr, ServiceCidrKey, ServiceType, TrafficPolicy,
+    EndpointPort, Family, Key, NodeContext, Protocol, ServiceCidr, ServiceCidrKey, ServiceType, TrafficPolicy,
 };
 
 use super::cluster::*;
 use crate::explain::{Exclusion, explain};
 use crate::{
-    Action, DetectLocal, Facts, HealthCheck, InterfaceName, NodePortAddresses, NodePortScope, PodSources,
-    Pool, PortPlan, ServicePlan, Surface, Target, ViewConfig, load_balancers_may_use,
+    Action, Changed, DetectLocal, Facts, HealthCheck, InterfaceName, NodePortAddresses, NodePortScope,
+    PodSources, Pool, PortPlan, ServicePlan, Surface, Target, ViewConfig, load_balancers_may_use,
 };
 
 /// `address:port` of a pool.
@@ -130,6 +130,30 @@ fn hairpin_holds_targets_elsewhere_where_their_pods_may_ask_this_node_and_keep_t
     web.external_traffic_policy = TrafficPolicy::Local;
     cluster.put(web.clone());
     assert_eq!(texts(&only_port(&cluster.plan(&web)).hairpin), ["10.1.0.1:8080", "10.1.0.2:8080"]);
+}
+
+#[test]
+fn hairpin_holds_no_target_elsewhere_where_pods_of_other_nodes_are_not_told() {
+    let name = || InterfaceName::new("cni0").unwrap();
+    for detect_local in [
+        DetectLocal::NodeCidrs,
+        DetectLocal::BridgeInterface(name()),
+        DetectLocal::InterfaceNamePrefix(name()),
+    ] {
+        let mut cluster = Cluster::new(ViewConfig { detect_local, ..config() });
+        cluster.view.set_node(NodeContext { pod_cidrs: vec!["10.1.0.0/24".parse().unwrap()], ..node() });
+        let mut web = service("a/web", &["172.30.0.1"]);
+        web.ports[0].node_port = Some(number(30080));
+        web.external_traffic_policy = TrafficPolicy::Local;
+        let nodes = [("10.1.0.1", "n1"), ("10.1.1.1", "n2"), ("10.1.2.1", "")];
+        let endpoints = nodes.map(|(address, node)| endpoint(address, node, READY)).to_vec();
+        cluster.put(web.clone());
+        cluster.put(slice(&web, "s1", endpoints));
+        let plan = cluster.plan(&web);
+        assert_eq!(only_port(&plan).cluster.len(), 3, "pods of this node go anywhere");
+        let hairpin = texts(&only_port(&plan).hairpin);
+        assert_eq!(hairpin, ["10.1.0.1:8080", "10.1.2.1:8080"], "{:?}", cluster.view.facts());
+    }
 }
 
 #[test]
@@ -305,11 +329,11 @@ fn node_port_addresses_per_family() {
 #[test]
 fn a_node_whose_addresses_are_unknown_answers_node_ports_at_all_of_them() {
     let config = ViewConfig { node_port_addresses: NodePortAddresses::Primary, ..config() };
-    let unknown = lockstep_model::NodeContext::unknown("node-a");
+    let unknown = NodeContext::unknown("node-a");
     let plan = config.node_plan(&unknown, &[ip("192.168.7.7")], &[]);
     assert_eq!(plan.node_ports(Family::V4), &NodePortScope::AllLocal);
     // A family that a known node has no address of is another matter.
-    let known = lockstep_model::NodeContext { addresses: vec![ip("192.168.0.2")], ..unknown };
+    let known = NodeContext { addresses: vec![ip("192.168.0.2")], ..unknown };
     let plan = config.node_plan(&known, &[], &[]);
     assert_eq!(plan.node_ports(Family::V4), &NodePortScope::Addresses(vec![ip("192.168.0.2")]));
     assert_eq!(plan.node_ports(Family::V6), &NodePortScope::Addresses(Vec::new()));
@@ -357,7 +381,7 @@ fn pod_ranges_of_the_node_are_followed() {
 
     let with = |cidr: &str| {
         let cidrs = vec![cidr.parse().unwrap()];
-        (lockstep_model::NodeContext { pod_cidrs: cidrs.clone(), ..node() }, Some(PodSources::Cidrs(cidrs)))
+        (NodeContext { pod_cidrs: cidrs.clone(), ..node() }, Some(PodSources::Cidrs(cidrs)))
     };
     let (node, pods) = with("10.1.0.0/24");
     cluster.view.set_node(node);
@@ -407,7 +431,7 @@ fn a_zone_that_changes_plans_everything_again() {
     let near = hinted(endpoint("10.1.0.1", "n2", READY), &["z1"], &[]);
     let far = hinted(endpoint("10.1.0.2", "n2", READY), &["z2"], &[]);
     cluster.put(slice(&web, "s1", vec![near, far]));
-    cluster.view.set_node(lockstep_model::NodeContext { zone: Some("z2".into()), ..node() });
+    cluster.view.set_node(NodeContext { zone: Some("z2".into()), ..node() });
     let changed = cluster.view.update(&cluster.state, &[]);
     assert_eq!((changed.services, changed.node), (vec![web.key.clone()], false));
     assert_eq!(texts(&only_port(&cluster.plan(&web)).cluster), ["10.1.0.2:8080"]);
@@ -447,7 +471,7 @@ fn service_cidrs_are_the_nodes_and_concern_no_service() {
     let mut cluster = Cluster::new(config());
     cluster.put(service("a/web", &["172.30.0.1"]));
     let changed = cluster.put(cidr("kubernetes", &["172.30.0.0/24", "fd00:30::/112"]));
-    assert_eq!((changed.services, changed.node), (vec![], true));
+    assert_eq!(changed, Changed { services: vec![], node: false, service_cidrs: true });
     let ranges = |cluster: &Cluster| {
         let ranges = cluster.view.plan().node.service_cidrs.iter();
         ranges.map(ToString::to_string).collect::<Vec<_>>().join(" ")
@@ -457,11 +481,11 @@ fn service_cidrs_are_the_nodes_and_concern_no_service() {
     cluster.put(cidr("more", &["172.30.0.0/16"]));
     assert_eq!(ranges(&cluster), "172.30.0.0/16 fd00:30::/112");
     // Node and addresses may change beside them.
-    cluster.view.set_node(node());
-    cluster.view.update(&cluster.state, &[]);
+    cluster.view.set_node(NodeContext { zone: None, ..node() });
+    assert!(!cluster.view.update(&cluster.state, &[]).service_cidrs);
     assert_eq!(ranges(&cluster), "172.30.0.0/16 fd00:30::/112");
-    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("kubernetes".into()))).node);
-    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("more".into()))).node);
+    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("kubernetes".into()))).service_cidrs);
+    assert!(cluster.remove(&Key::ServiceCidr(ServiceCidrKey("more".into()))).service_cidrs);
     assert_eq!(ranges(&cluster), "");
     let mut v4_only = Cluster::new(ViewConfig { families: vec![Family::V4], ..config() });
     v4_only.put(cidr("kubernetes", &["172.30.0.0/24", "fd00:30::/112"]));
@@ -524,12 +548,12 @@ fn the_short_circuit_needs_the_cluster_pool_without_a_local_endpoint() {
 fn load_balancers_leave_a_node_alone_that_nobody_knows_or_that_is_on_its_way_out() {
     let known = node();
     assert!(load_balancers_may_use(&known));
-    assert!(!load_balancers_may_use(&lockstep_model::NodeContext { being_removed: true, ..known.clone() }));
-    assert!(!load_balancers_may_use(&lockstep_model::NodeContext::unknown("n1")));
+    assert!(!load_balancers_may_use(&NodeContext { being_removed: true, ..known.clone() }));
+    assert!(!load_balancers_may_use(&NodeContext::unknown("n1")));
     // It changes nothing of what is programmed.
     let mut cluster = Cluster::new(config());
     let web = service("a/web", &["172.30.0.1"]);
     cluster.put(web.clone());
-    cluster.view.set_node(lockstep_model::NodeContext { being_removed: true, ..known });
+    cluster.view.set_node(NodeContext { being_removed: true, ..known });
     assert!(cluster.view.update(&cluster.state, &[]).is_empty());
 }

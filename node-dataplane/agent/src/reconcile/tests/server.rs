@@ -6,7 +6,8 @@ use std::time::Duration;
 use lockstep_client::Position;
 use lockstep_model::{
     Conditions, Endpoint, EndpointPort, EndpointSet, EndpointSetKey, Family, Key, NodeContext, Port,
-    Protocol, Resource, Service, ServiceKey, ServicePort, ServiceType, State, TrafficPolicy,
+    Protocol, Resource, Service, ServiceCidr, ServiceCidrKey, ServiceKey, ServicePort, ServiceType, State,
+    TrafficPolicy,
 };
 use lockstep_wire::batch::{Transaction, UpdateWriter};
 use lockstep_wire::frame::Frame;
@@ -87,6 +88,11 @@ impl Server {
             }
             .into(),
         );
+    }
+
+    pub(super) fn service_cidr(&mut self, range: &str) {
+        let key = ServiceCidrKey("kubernetes".into());
+        self.upsert(ServiceCidr { key, cidrs: vec![range.parse().unwrap()] }.into());
     }
 
     fn upsert(&mut self, resource: Resource) {
