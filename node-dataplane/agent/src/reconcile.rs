@@ -9,6 +9,10 @@
 //! itself that it is outdated: a process that is killed and comes back goes back behind nothing
 //! that was verified.
 //!
+//! Where passes are dear, changes wait for more of them, and what was written is read back with
+//! what was written after it (see `pace`): both are put off by seconds at most, and acknowledged
+//! when they are done.
+//!
 //! The first time that what was read back is equal, the rules of other modes go, before the ack.
 //!
 //! State-driven: what is pending is *which Services to look at*, never a delta, so a pass that
@@ -132,6 +136,8 @@ pub struct Reconciler {
     held_back: bool,
     /// What is programmed comes from such a cache, and no control plane has spoken yet.
     outdated: bool,
+    /// What was applied last is not read back yet: reading back had its share of the time.
+    unread: bool,
     /// Read back, but not settled in the cache yet.
     unsettled: Option<Position>,
     chores_at: Instant,
@@ -236,6 +242,7 @@ impl Reconciler {
             viewed: false,
             held_back,
             outdated,
+            unread: false,
             unsettled: None,
             chores_at: now.monotonic,
             shrink_at: now.monotonic + SHRINK_EVERY,
@@ -288,7 +295,8 @@ impl Reconciler {
         if self.ack_due {
             self.acknowledge();
         }
-        if !self.pending.any && self.programmed {
+        // Changes that wait for more of them hold nothing else up.
+        if self.programmed && (!self.pending.any || self.rests(now)) {
             self.look_around(now);
         }
     }
