@@ -168,6 +168,9 @@ struct Pending {
     retries: Vec<ServiceKey>,
     /// The whole kernel state must be compared.
     full: bool,
+    /// The facts of this node changed. The plan has some of that already, so nothing is to be done
+    /// by it before all of them are in it.
+    node: bool,
     since: Option<Now>,
     trigger: Option<SystemTime>,
     /// Transactions that this merges.
@@ -394,6 +397,7 @@ impl Reconciler {
         }
         if self.session.position().is_some() {
             self.pending.wait(now);
+            self.pending.node = true;
         }
     }
 
@@ -440,6 +444,7 @@ impl Reconciler {
             self.view.set_interface_addresses(addresses);
             if self.session.position().is_some() {
                 self.pending.wait(now);
+                self.pending.node = true;
             }
         }
         if self.heed_complaints(now) {

@@ -106,10 +106,11 @@ impl Reconciler {
         }
     }
 
-    /// True where nothing but changes waits, and these wait for more of them: passes had their share
-    /// of the time. What compares everything has times of its own.
+    /// True where nothing but changes of resources waits, and these wait for more of them: passes
+    /// had their share of the time. What compares everything has times of its own.
     pub(super) fn rests(&self, now: Now) -> bool {
-        self.programmed && !self.pending.full && !self.pace.changes_due(now.monotonic)
+        let Pending { full, node, .. } = self.pending;
+        self.programmed && !full && !node && !self.pace.changes_due(now.monotonic)
     }
 
     /// The backend refused and is given time. The plan and the disk go on, so that what waits

@@ -282,6 +282,23 @@ fn where_passes_are_dear_changes_wait_for_each_other_and_nothing_else_waits() {
 }
 
 #[test]
+fn a_change_of_the_node_waits_for_no_other() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.connect();
+    bench.kernel.lock().calls.clear();
+    let ended = bench.at(0).monotonic;
+    bench.reconciler.pace.changed(Duration::from_millis(500), ended);
+    bench.server.service(2, 1);
+    let change = frame(bench.server.delta());
+    bench.run(100, vec![change]);
+    assert!(bench.kernel.lock().calls.is_empty());
+    bench.reconciler.node_changed(bench.at(200));
+    bench.tick(200);
+    assert_eq!(bench.kernel.lock().calls, ["apply shop/cart-2", "verify"]);
+}
+
+#[test]
 fn a_read_back_that_is_put_off_is_not_verified_until_it_is_done() {
     let mut bench = Bench::new();
     bench.server.service(1, 1);
