@@ -22,14 +22,14 @@ const REPAIR_CREDIT: Duration = Duration::from_secs(4);
 /// nftables costs a millisecond, and these budgets never hold it up.
 const PASSES: Share = Share {
     rest: 10,
-    credit: Duration::from_secs(2),
+    credit: Duration::from_secs(1),
     longest: [Duration::from_secs(1), Duration::from_secs(5)],
 };
-/// Reading back what they wrote: one part in 31. What waits for it is verified later, not less.
+/// Reading back what they wrote: one part in 51. What waits for it is verified later, not less.
 const READ_BACKS: Share = Share {
-    rest: 30,
-    credit: Duration::from_secs(3),
-    longest: [Duration::from_secs(3), Duration::from_secs(5)],
+    rest: 50,
+    credit: Duration::from_secs(4),
+    longest: [Duration::from_secs(4), Duration::from_secs(5)],
 };
 /// Backoff of a backend that refuses.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
@@ -45,8 +45,8 @@ pub(super) fn retry(outcomes: u32) -> Duration {
 struct Share {
     /// What follows it is so many times as long.
     rest: u32,
-    /// So much of the rest is given in advance: what comes by itself, or a few times in a row, is
-    /// done at once.
+    /// So much of the rest is given in advance: what comes by itself is done at once, and so is what
+    /// comes a few times in a row and does not take long.
     credit: Duration,
     /// No rest is longer than the first of these, or than what it follows took where that is more,
     /// up to the second. So nothing waits for a minute, from which on it counts as stuck.
@@ -229,8 +229,9 @@ mod tests {
             assert!(apart <= Duration::from_millis(1_010) + pass, "{millis} ms: {apart:?}");
             // At 150 ms it is the longest rest that counts.
             assert!(total < Duration::from_secs(60) / 7, "{millis} ms: {total:?}");
-            // The first ones do not wait: no more than ten milliseconds apart from their own time.
-            assert!(begun[1] <= pass + Duration::from_millis(10), "{millis} ms: {:?}", &begun[..2]);
+            // What the first one owes is given in advance, as far as it goes.
+            let rest = (pass * PASSES.rest).saturating_sub(PASSES.credit);
+            assert!(begun[1] <= pass + rest + Duration::from_millis(10), "{millis} ms: {:?}", &begun[..2]);
         }
     }
 
@@ -258,17 +259,14 @@ mod tests {
         }
         // As after any number of passes, the one after a second comes at once...
         assert!(pace.changes_due(now));
-        // ...and what was let off is forgotten: soon there is credit again, for some in a row.
+        // ...and what was let off is forgotten: soon there is credit again, for two in a row.
         now += Duration::from_secs(10);
-        for _ in 0..2 {
-            assert!(pace.changes_due(now));
-            pace.changed(Duration::from_millis(90), now);
-        }
+        pace.changed(Duration::from_millis(90), now);
         assert!(pace.changes_due(now));
     }
 
     #[test]
-    fn reading_back_takes_a_thirtieth_and_is_put_off_for_seconds_at_most() {
+    fn reading_back_takes_a_fiftieth_and_is_put_off_for_seconds_at_most() {
         let start = Instant::now();
         let mut pace = Pace::new(start);
         let took = Duration::from_millis(70);
@@ -283,8 +281,8 @@ mod tests {
         }
         assert!(times[1] - times[0] < Duration::from_millis(100), "one by itself is read back at once");
         let apart = times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
-        assert!(apart < Duration::from_secs(3), "{apart:?}");
-        assert!(took * u32::try_from(times.len()).unwrap() < Duration::from_secs(60) / 28, "{}", times.len());
+        assert!(apart < Duration::from_secs(4), "{apart:?}");
+        assert!(took * u32::try_from(times.len()).unwrap() < Duration::from_secs(60) / 45, "{}", times.len());
     }
 
     #[test]
