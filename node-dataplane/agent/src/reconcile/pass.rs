@@ -208,10 +208,12 @@ impl Reconciler {
         let started = Instant::now();
         let result = self.backend.verify();
         let took = started.elapsed();
-        self.pace.read_back(took, started + took);
         self.metrics.phase(Phase::Verify, took);
         if let Some(stats) = &mut self.report.stats {
             stats.verify = Some(took);
+            if !stats.full_sync {
+                self.pace.read_back(took, started + took);
+            }
         }
         match result {
             // Only what was written last was read: an older difference is still open.

@@ -305,7 +305,7 @@ fn a_read_back_that_is_put_off_is_not_verified_until_it_is_done() {
     bench.connect();
     bench.acks();
     let before = bench.server.seq;
-    // One that took so long that the next may begin after four seconds.
+    // One that took so long that the next may begin after five seconds.
     let ended = bench.at(0).monotonic;
     bench.reconciler.pace.read_back(Duration::from_millis(300), ended);
     bench.kernel.lock().calls.clear();
@@ -319,7 +319,7 @@ fn a_read_back_that_is_put_off_is_not_verified_until_it_is_done() {
             (v1::Outcome::Applied, bench.server.seq, before)
         );
     }
-    bench.tick(3_999);
+    bench.tick(4_999);
     assert_eq!(
         bench.kernel.lock().calls,
         ["apply shop/cart-2", "read back later", "apply shop/cart-3", "read back later"]
@@ -327,7 +327,7 @@ fn a_read_back_that_is_put_off_is_not_verified_until_it_is_done() {
     assert!(bench.acks().is_empty());
     // No change has to come for it. It may differ, like any other.
     bench.kernel.lock().misread = 1;
-    bench.tick(4_000);
+    bench.tick(5_000);
     assert_eq!(bench.kernel.lock().calls[4..], ["verify"]);
     assert_eq!(bench.last_ack().verified_seq, 0);
     bench.tick(10_000);
