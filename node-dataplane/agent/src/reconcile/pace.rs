@@ -26,11 +26,8 @@ const PASSES: Share = Share {
     longest: [Duration::from_secs(1), Duration::from_secs(5)],
 };
 /// Reading back what they wrote: one part in 71. What waits for it is verified later, not less.
-const READ_BACKS: Share = Share {
-    rest: 70,
-    credit: Duration::from_secs(4),
-    longest: [Duration::from_secs(5); 2],
-};
+const READ_BACKS: Share =
+    Share { rest: 70, credit: Duration::from_secs(4), longest: [Duration::from_secs(5); 2] };
 /// Backoff of a backend that refuses.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(30);
