@@ -10,70 +10,18 @@ use crate::apiserver::peer;
 use crate::lab::{Lab, POD_CIDRS, Place};
 use crate::product::{Mode, Process};
 
-/// How kube-proxy programs its kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ProxyMode {
-    /// `--proxy-mode nftables`.
-    Nftables,
-    /// `--proxy-mode iptables`, with iptables-legacy.
-    IptablesLegacy,
-    /// `--proxy-mode iptables`, with iptables-nft.
-    IptablesNft,
-}
-
-impl From<Mode> for ProxyMode {
-    fn from(mode: Mode) -> Self {
-        match mode {
-            Mode::Nftables => ProxyMode::Nftables,
-            Mode::IptablesLegacy => ProxyMode::IptablesLegacy,
-            Mode::IptablesNft => ProxyMode::IptablesNft,
-        }
-    }
-}
-
-impl ProxyMode {
-    /// All of them.
-    pub const ALL: [ProxyMode; 3] = [ProxyMode::Nftables, ProxyMode::IptablesLegacy, ProxyMode::IptablesNft];
-
-    /// For people and test names.
-    pub fn name(self) -> &'static str {
-        match self {
-            ProxyMode::Nftables => "kube-proxy-nftables",
-            ProxyMode::IptablesLegacy => "kube-proxy-iptables-legacy",
-            ProxyMode::IptablesNft => "kube-proxy-iptables-nft",
-        }
-    }
-
-    fn flag(self) -> &'static str {
-        match self {
-            ProxyMode::Nftables => "nftables",
-            ProxyMode::IptablesLegacy | ProxyMode::IptablesNft => "iptables",
-        }
-    }
-
-    /// Suffix of the iptables programs of its flavour.
-    fn flavour(self) -> Option<&'static str> {
-        match self {
-            ProxyMode::Nftables => None,
-            ProxyMode::IptablesLegacy => Some("legacy"),
-            ProxyMode::IptablesNft => Some("nft"),
-        }
-    }
-}
-
-/// Shortest time between two programmings. 0 would be taken for unset.
-const PROMPT: &str = "20ms";
+/// Shortest time between two programmings of [`start_prompt`]. 0 would be taken for unset.
+pub const PROMPT: &str = "20ms";
 
 /// Starts kube-proxy on a node, so that it programs a change at once: by itself it waits for up
 /// to a second, to take in more. Which that is, only a file of settings can say.
 pub fn start_prompt(lab: &Lab, node: u8, mode: Mode, kubeconfig: &Path) -> Result<Process> {
     let place = Place::Node(node);
-    let mode = ProxyMode::from(mode);
-    let name = format!("{}-{place}", mode.name());
+    let name = format!("kube-proxy-{}-{place}", mode.name());
     let settings = json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
-        "mode": mode.flag(),
+        "mode": proxy_mode(mode),
         "hostnameOverride": place.to_string(),
         "clusterCIDR": POD_CIDRS,
         "clientConnection": {"kubeconfig": kubeconfig},
@@ -88,22 +36,34 @@ pub fn start_prompt(lab: &Lab, node: u8, mode: Mode, kubeconfig: &Path) -> Resul
     spawn(lab, &name, mode, command)
 }
 
-/// Starts kube-proxy on a node. `flags` come after, and so before, those that every run has.
-pub fn start(lab: &Lab, node: u8, mode: ProxyMode, kubeconfig: &Path, flags: &[&str]) -> Result<Process> {
+/// Starts kube-proxy on a node, with kubeadm's settings.
+pub fn start(lab: &Lab, node: u8, mode: Mode, kubeconfig: &Path) -> Result<Process> {
     let place = Place::Node(node);
-    let name = format!("{}-{place}", mode.name());
+    let name = format!("kube-proxy-{}-{place}", mode.name());
     let mut command = lab.command(place, peer("kube-proxy")?);
-    command.args(["--hostname-override", &place.to_string(), "--proxy-mode", mode.flag()]);
+    command.args(["--hostname-override", &place.to_string(), "--proxy-mode", proxy_mode(mode)]);
     command.arg("--kubeconfig").arg(kubeconfig);
     command.args(["--cluster-cidr", POD_CIDRS]);
     // The limit is one of the whole machine, which is not the lab's to change.
     command.args(["--conntrack-max-per-core", "0", "--conntrack-min", "0"]);
-    command.args(flags);
     spawn(lab, &name, mode, command)
 }
 
-fn spawn(lab: &Lab, name: &str, mode: ProxyMode, mut command: Command) -> Result<Process> {
-    if let Some(flavour) = mode.flavour() {
+/// kube-proxy knows no flavours of iptables.
+fn proxy_mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Nftables => "nftables",
+        Mode::IptablesLegacy | Mode::IptablesNft => "iptables",
+    }
+}
+
+fn spawn(lab: &Lab, name: &str, mode: Mode, mut command: Command) -> Result<Process> {
+    let flavour = match mode {
+        Mode::Nftables => None,
+        Mode::IptablesLegacy => Some("legacy"),
+        Mode::IptablesNft => Some("nft"),
+    };
+    if let Some(flavour) = flavour {
         command.env("PATH", programs_of(lab, flavour)?);
     }
     Process::spawn(lab, name, command)

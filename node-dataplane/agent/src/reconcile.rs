@@ -9,6 +9,10 @@
 //! itself that it is outdated: a process that is killed and comes back goes back behind nothing
 //! that was verified.
 //!
+//! Where passes are dear, changes wait for more of them, and what was written is read back with
+//! what was written after it (see `pace`): both are put off by seconds at most, and acknowledged
+//! when they are done.
+//!
 //! The first time that what was read back is equal, the rules of other modes go, before the ack.
 //!
 //! State-driven: what is pending is *which Services to look at*, never a delta, so a pass that
@@ -132,6 +136,8 @@ pub struct Reconciler {
     held_back: bool,
     /// What is programmed comes from such a cache, and no control plane has spoken yet.
     outdated: bool,
+    /// What was applied last is not read back yet: reading back had its share of the time.
+    unread: bool,
     /// Read back, but not settled in the cache yet.
     unsettled: Option<Position>,
     chores_at: Instant,
@@ -162,6 +168,9 @@ struct Pending {
     retries: Vec<ServiceKey>,
     /// The whole kernel state must be compared.
     full: bool,
+    /// The facts of this node changed. The plan has some of that already, so nothing is to be done
+    /// by it before all of them are in it.
+    node: bool,
     since: Option<Now>,
     trigger: Option<SystemTime>,
     /// Transactions that this merges.
@@ -236,6 +245,7 @@ impl Reconciler {
             viewed: false,
             held_back,
             outdated,
+            unread: false,
             unsettled: None,
             chores_at: now.monotonic,
             shrink_at: now.monotonic + SHRINK_EVERY,
@@ -288,7 +298,8 @@ impl Reconciler {
         if self.ack_due {
             self.acknowledge();
         }
-        if !self.pending.any && self.programmed {
+        // Changes that wait for more of them hold nothing else up.
+        if self.programmed && (!self.pending.any || self.rests(now)) {
             self.look_around(now);
         }
     }
@@ -386,6 +397,7 @@ impl Reconciler {
         }
         if self.session.position().is_some() {
             self.pending.wait(now);
+            self.pending.node = true;
         }
     }
 
@@ -432,6 +444,7 @@ impl Reconciler {
             self.view.set_interface_addresses(addresses);
             if self.session.position().is_some() {
                 self.pending.wait(now);
+                self.pending.node = true;
             }
         }
         if self.heed_complaints(now) {

@@ -231,8 +231,14 @@ impl Backend for Iptables {
         for (family, result) in results {
             drift.extend(result.map_err(|error| self.failed(family, "read back", error))?);
         }
+        self.families.iter_mut().for_each(|state| state.unread = false);
         drift.extend(self.localnet.drift().filter(|_| self.has_localhost()));
         Ok(drift)
+    }
+
+    fn read_back_later(&mut self) -> bool {
+        self.families.iter_mut().for_each(|state| state.unread = true);
+        true
     }
 
     fn disturbed(&mut self) -> Result<bool, BackendError> {

@@ -47,6 +47,8 @@ pub(crate) struct Touched {
 
 impl Touched {
     fn add(&mut self, Wanted { old, new }: &Wanted) {
+        // A chain that an earlier write deleted may be back.
+        self.gone.retain(|chain| new.chain(chain).is_none());
         let gone = old.chains().filter(|(chain, _)| new.chain(chain).is_none());
         self.gone.extend(gone.map(|(chain, _)| *chain));
         let left = old.blocks.iter().filter(|block| !new.blocks.contains(block));
@@ -68,8 +70,10 @@ pub(crate) struct FamilyState {
     owed: BTreeSet<ServiceKey>,
     /// Transactions of the last `apply`, as far as they succeeded.
     pub(crate) commits: u32,
-    /// What the last write touched; `None` = everything.
+    /// What the last write touched, and those before it that are not read back; `None` = everything.
     pub(crate) touched: Option<Touched>,
+    /// What is touched so far is read back with what the next write touches.
+    pub(crate) unread: bool,
 }
 
 impl FamilyState {
@@ -85,6 +89,7 @@ impl FamilyState {
             owed: BTreeSet::new(),
             commits: 0,
             touched: Some(Touched::default()),
+            unread: false,
         }
     }
 
@@ -195,18 +200,27 @@ impl FamilyState {
             self.owed = keys;
             return Err(error);
         }
-        let mut touched = Touched::default();
+        let unread = std::mem::take(&mut self.unread);
+        let mut touched = match self.touched.take() {
+            touched if unread => touched,
+            _ => Some(Touched::default()),
+        };
         for (key, wanted) in &pass.wanted {
             if self.left_out.contains_key(key) {
                 continue;
             }
-            touched.add(wanted);
+            if let Some(touched) = &mut touched {
+                touched.add(wanted);
+            }
             match plan.services.get(key) {
                 Some(service) => drop(self.in_force.insert(key.clone(), Arc::clone(service))),
                 None => drop(self.in_force.remove(key)),
             }
         }
-        self.touched = Some(Touched { services: keys, ..touched });
+        if let Some(touched) = &mut touched {
+            touched.services.extend(keys);
+        }
+        self.touched = touched;
         Ok(pass.objects)
     }
 

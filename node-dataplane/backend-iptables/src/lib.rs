@@ -23,7 +23,8 @@
 //!   to an external address without endpoints are refused and do not leave the node.
 //! * Node ports at loopback addresses of IPv4 answer the node itself and nobody else; where the
 //!   plan has none, they neither forward there nor refuse. IPv6 never has them.
-//! * Comments on endpoints stay, however many there are.
+//! * Lines of single endpoints have no comments, however few there are: what kube-proxy drops
+//!   above 1,000 endpoints. So the rules of a Service do not depend on how many others there are.
 //! * A source that is refused while others are forwarded meets rules that test the source.
 //! * There are no canary chains: generations and table sizes tell of a flush, and the audit
 //!   of everything else.

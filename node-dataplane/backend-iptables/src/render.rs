@@ -432,14 +432,16 @@ impl<'a> PortRender<'a> {
         }
     }
 
-    /// A load-balancing chain and the chains of its endpoints.
+    /// A load-balancing chain and the chains of its endpoints. Their lines have no comments, as
+    /// kube-proxy's where there are more than 1,000 endpoints: each takes 288 bytes in the kernel,
+    /// and the legacy flavour moves all of them there and back with every change.
     fn pool(&self, pool: Pool, targets: &[Target], rules: &mut ServiceRules) {
         let mut ends: Vec<End> = targets.iter().map(|target| self.end(*target)).collect();
         // By text, as kube-proxy sorts them.
         ends.sort_unstable_by(|a, b| a.socket.cmp(&b.socket));
-        // Room for the four lines of an endpoint without options: growing would copy the text over and over.
+        // Room for the three lines of an endpoint without options: growing would copy the text over and over.
         rules.chains.reserve(ends.len() + 1);
-        rules.text.reserve(ends.len() * (4 * self.text.len() + 400));
+        rules.text.reserve(ends.len() * 350);
         for end in &ends {
             rules.add(end.chain, |body| self.endpoint(end, body));
         }
@@ -448,22 +450,22 @@ impl<'a> PortRender<'a> {
             Pool::Cluster => &self.cluster_head,
             Pool::Local => &self.local_head,
         };
-        let begin = ["-A ", name.as_str(), " -m comment --comment \"", &self.text, " -> "].concat();
+        let pool = name.as_str();
         rules.add(name, |body| {
             body.push_str(head);
             if let Some(seconds) = self.port.affinity_seconds {
-                let recent = format!("\" -m recent --rcheck --seconds {seconds} --reap --name ");
+                let recent = format!(" -m recent --rcheck --seconds {seconds} --reap --name ");
                 let mask = format!(" --mask {} --rsource -j ", self.full_mask());
-                for End { socket, chain, .. } in &ends {
-                    line(body, &[&begin, socket, &recent, chain.as_str(), &mask, chain.as_str()]);
+                for End { chain, .. } in &ends {
+                    line(body, &["-A ", pool, &recent, chain.as_str(), &mask, chain.as_str()]);
                 }
             }
-            for (index, End { socket, chain, .. }) in ends.iter().enumerate() {
+            for (index, End { chain, .. }) in ends.iter().enumerate() {
                 match ends.len() - index {
-                    1 => line(body, &[&begin, socket, "\" -j ", chain.as_str()]),
+                    1 => line(body, &["-A ", pool, " -j ", chain.as_str()]),
                     left => {
-                        let one_in = "\" -m statistic --mode random --probability ";
-                        line(body, &[&begin, socket, one_in, &probability(left), " -j ", chain.as_str()]);
+                        let one_in = " -m statistic --mode random --probability ";
+                        line(body, &["-A ", pool, one_in, &probability(left), " -j ", chain.as_str()]);
                     }
                 }
             }
@@ -478,18 +480,15 @@ impl<'a> PortRender<'a> {
 
     fn endpoint(&self, end: &End, body: &mut String) {
         let (chain, protocol) = (end.chain.as_str(), self.port.protocol.name());
-        let comment = ["-m comment --comment \"", &self.text, "\" "];
-        let [before, text, after] = comment;
         let host = host(end.target.address);
         // An endpoint that reaches itself through the Service must get the answer through us.
-        line(body, &["-A ", chain, " -s ", &host, " ", before, text, after, "-j ", names::MARK_MASQ]);
+        line(body, &["-A ", chain, " -s ", &host, " -j ", names::MARK_MASQ]);
         let recent = match self.port.affinity_seconds {
             Some(_) => format!("-m recent --set --name {chain} --mask {} --rsource ", self.full_mask()),
             None => String::new(),
         };
-        let start = ["-A ", chain, " -p ", protocol, " ", before, text, after, &recent];
-        start.iter().for_each(|part| body.push_str(part));
-        line(body, &["-m ", protocol, " -j DNAT --to-destination ", &end.socket]);
+        let dnat = " -j DNAT --to-destination ";
+        line(body, &["-A ", chain, " -p ", protocol, " ", &recent, "-m ", protocol, dnat, &end.socket]);
     }
 
     fn full_mask(&self) -> &'static str {

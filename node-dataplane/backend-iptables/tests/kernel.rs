@@ -153,6 +153,55 @@ fn a_chain_that_should_be_gone_is_seen() {
 }
 
 #[test]
+fn what_is_read_back_later_is_read_with_what_follows() {
+    everywhere(|flavour| {
+        let (mut backend, recorder) = open(flavour);
+        let mut plan = three();
+        backend.sync(&plan).unwrap();
+        assert_eq!(backend.verify().unwrap(), []);
+        // Chains go with the first change and are back with the second.
+        for endpoints in [0, 2] {
+            let changed = set(&mut plan, service("a", 1, endpoints));
+            backend.apply(&plan, &changed).unwrap();
+            assert!(backend.read_back_later());
+        }
+        let changed = set(&mut plan, service("nginx-basic", 3, 1));
+        backend.apply(&plan, &changed).unwrap();
+        recorder.take();
+        recorder.take_saves();
+        assert_eq!(backend.verify().unwrap(), []);
+        let whole = if flavour == Flavour::Nft { 0 } else { 2 };
+        assert_eq!(recorder.take_saves(), whole, "{flavour}: as cheap as one change");
+        // A difference in what the first of two touched is found, and one in a chain that it deleted.
+        let lost = |service: &str| {
+            let shared = format!("iptables-{flavour} -t nat -S KUBE-SERVICES | grep default/{service}:");
+            format!("eval iptables-{flavour} -t nat $({shared} | sed 's/^-A/-D/' | head -1)")
+        };
+        for (endpoints, damage) in [(1, Some(lost("a"))), (0, None)] {
+            let changed = set(&mut plan, service("a", 1, endpoints));
+            backend.apply(&plan, &changed).unwrap();
+            let input = recorder.take().concat();
+            assert!(backend.read_back_later());
+            let changed = set(&mut plan, service("c", 9, 1 + endpoints));
+            backend.apply(&plan, &changed).unwrap();
+            recorder.take();
+            let gone = input.lines().find_map(|line| line.strip_prefix("-X ")).unwrap();
+            sh(&damage.clone().unwrap_or_else(|| format!("iptables-{flavour} -t nat -N {gone}")));
+            assert_ne!(backend.verify().unwrap(), [], "{flavour}: {damage:?}");
+            backend.sync(&plan).unwrap();
+        }
+        // Once read, it is read no more.
+        let changed = set(&mut plan, service("nginx-basic", 3, 2));
+        backend.apply(&plan, &changed).unwrap();
+        assert_eq!(backend.verify().unwrap(), []);
+        sh(&lost("c"));
+        let changed = set(&mut plan, service("nginx-basic", 3, 3));
+        backend.apply(&plan, &changed).unwrap();
+        assert_eq!(backend.verify().unwrap(), [], "{flavour}: not what this write touched");
+    });
+}
+
+#[test]
 fn a_change_made_while_down_is_the_only_difference() {
     everywhere(|flavour| {
         let mut plan = three();

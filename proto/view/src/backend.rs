@@ -38,6 +38,13 @@ pub trait Backend {
     /// code that wrote it. An empty list means equal.
     fn verify(&mut self) -> Result<Vec<Drift>, BackendError>;
 
+    /// In the place of `verify`: what the last `sync` or `apply` wrote is to be read back with
+    /// what the next one writes, so that one `verify` covers both. False = it is not, and
+    /// `verify` must be called now; the right answer where reading back costs little.
+    fn read_back_later(&mut self) -> bool {
+        false
+    }
+
     /// True where something that was not this backend may have changed its kernel objects
     /// since the last call. Cheap: called several times a second. May err towards true.
     fn disturbed(&mut self) -> Result<bool, BackendError>;

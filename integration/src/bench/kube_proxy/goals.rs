@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use super::stage::PROMPT;
 use super::{COUNTED, Duel, Times};
 use crate::bench::report::{Report, text};
 use crate::bench::{median, ratio};
+use crate::kube_proxy::PROMPT;
 use crate::product::Mode;
 
 /// The size that the goals of nftables mode are for.

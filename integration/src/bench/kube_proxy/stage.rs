@@ -1,31 +1,27 @@
 //! One proxy on the one node of a network of its own, at an API server that all networks share.
 
 use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde_json::json;
 
 use super::outside::CLIENT;
 use super::usage;
 use crate::apiserver::ApiServer;
-use crate::kube_proxy::{self, ProxyMode};
-use crate::lab::{Family, Lab, POD_CIDRS, Place};
+use crate::kube_proxy;
+use crate::lab::{Family, Lab, Place};
 use crate::product::{self, GRPC_PORT, Mode, Process, Product, wait_until};
 use crate::relay::Relay;
 
 const HTTP_PORT: u16 = 8080;
 const LOAD_PATIENCE: Duration = Duration::from_secs(120);
-/// What kube-proxy's shortest time between two programmings is lowered to; 0 is taken for unset.
-pub(super) const PROMPT: &str = "20ms";
 
 /// How kube-proxy is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Settings {
     /// As kubeadm deploys it.
     Usual,
-    /// With [`PROMPT`] in the place of a second.
+    /// With [`PROMPT`](kube_proxy::PROMPT) in the place of a second.
     Prompt,
 }
 
@@ -57,21 +53,10 @@ impl Stage {
     /// Starts kube-proxy on the node.
     pub(super) fn start_kube_proxy(&mut self, settings: Settings) -> Result<()> {
         let (lab, kubeconfig) = (&self.product.lab, self.relay.kubeconfig());
-        let mode = match self.mode {
-            Mode::Nftables => ProxyMode::Nftables,
-            Mode::IptablesLegacy => ProxyMode::IptablesLegacy,
-            Mode::IptablesNft => ProxyMode::IptablesNft,
-        };
-        let file = lab.directory().join("kube-proxy.json");
-        let path = file.display().to_string();
-        let flags: &[&str] = match settings {
-            Settings::Usual => &[],
-            Settings::Prompt => {
-                fs::write(&file, prompt(self.mode, kubeconfig))?;
-                &["--config", &path]
-            }
-        };
-        self.node = Some(kube_proxy::start(lab, 1, mode, kubeconfig, flags)?);
+        self.node = Some(match settings {
+            Settings::Usual => kube_proxy::start(lab, 1, self.mode, kubeconfig)?,
+            Settings::Prompt => kube_proxy::start_prompt(lab, 1, self.mode, kubeconfig)?,
+        });
         Ok(())
     }
 
@@ -136,20 +121,4 @@ impl Stage {
         let end = |log: String| log.lines().rev().take(8).map(|line| format!("{line}\n")).collect::<String>();
         processes.map(|process| format!("--- newest first\n{}", end(process.log()))).collect()
     }
-}
-
-/// Flags do not say the period of nftables mode, and a file takes the place of all flags.
-fn prompt(mode: Mode, kubeconfig: &Path) -> String {
-    let name = if mode == Mode::Nftables { "nftables" } else { "iptables" };
-    let mut settings = json!({
-        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-        "kind": "KubeProxyConfiguration",
-        "mode": name,
-        "hostnameOverride": Place::Node(1).to_string(),
-        "clusterCIDR": POD_CIDRS,
-        "clientConnection": {"kubeconfig": kubeconfig},
-        "conntrack": {"maxPerCore": 0, "min": 0},
-    });
-    settings[name] = json!({"minSyncPeriod": PROMPT, "syncPeriod": "30s"});
-    settings.to_string()
 }

@@ -25,8 +25,19 @@ const SETTLE: Duration = Duration::from_millis(20);
 const REPAIR_LOG: Duration = Duration::from_secs(10);
 
 impl Reconciler {
-    /// Programs what waits, if anything does and if it is time.
+    /// Programs what waits, if anything does and if it is time; then what was written before is
+    /// read back, if that was put off until now.
     pub(super) fn work(&mut self, now: Now) {
+        self.program(now);
+        if let Some(position) = self.report.applied
+            && self.unread
+            && self.pace.read_back_due(now.monotonic)
+        {
+            self.verify(position);
+        }
+    }
+
+    fn program(&mut self, now: Now) {
         let Some(position) = self.session.position() else { return };
         let recheck = self.recheck_at.is_some_and(|at| now.monotonic >= at);
         if self.held_back || (!self.pending.any && !recheck) {
@@ -34,6 +45,9 @@ impl Reconciler {
         }
         if !self.pace.may_program(now.monotonic) {
             return self.wait_for_backend(now);
+        }
+        if !recheck && self.rests(now) {
+            return;
         }
         let mut pending = std::mem::take(&mut self.pending);
         let since = *pending.since.get_or_insert(now);
@@ -75,6 +89,9 @@ impl Reconciler {
                 self.refused(&error, Some(since), pending.trigger);
             }
             Ok(applied) => {
+                if !full {
+                    self.pace.changed(done - started, done);
+                }
                 self.metrics.changes(Changes::default(), Changes::default());
                 self.programmed(position, applied, stats, (!full).then_some(&changed[..]));
                 let took = done.saturating_duration_since(started);
@@ -88,6 +105,13 @@ impl Reconciler {
             self.touched = 0;
             self.give_back_at.get_or_insert(now.monotonic + GIVE_BACK_AFTER);
         }
+    }
+
+    /// True where nothing but changes of resources waits, and these wait for more of them: passes
+    /// had their share of the time. What compares everything has times of its own.
+    pub(super) fn rests(&self, now: Now) -> bool {
+        let Pending { full, node, .. } = self.pending;
+        self.programmed && !full && !node && !self.pace.changes_due(now.monotonic)
     }
 
     /// The backend refused and is given time. The plan and the disk go on, so that what waits
@@ -164,20 +188,33 @@ impl Reconciler {
         }
         self.mirror();
         self.acknowledge();
-        if !(untouched && verified) {
+        if untouched && verified {
+            return;
+        }
+        // What is read later covers this too. A version that counts as verified already, because
+        // only a retry wrote, is not to count so before it is read.
+        let later = !stats.full_sync
+            && self.report.verified != Some(position)
+            && !self.pace.read_back_due(now.monotonic);
+        if later && self.backend.read_back_later() {
+            (self.unread, self.unsettled) = (true, None);
+        } else {
             self.verify(position);
         }
     }
 
     /// Reads back what was written.
     fn verify(&mut self, position: Position) {
-        self.unsettled = None;
+        (self.unread, self.unsettled) = (false, None);
         let started = Instant::now();
         let result = self.backend.verify();
         let took = started.elapsed();
         self.metrics.phase(Phase::Verify, took);
         if let Some(stats) = &mut self.report.stats {
             stats.verify = Some(took);
+            if !stats.full_sync {
+                self.pace.read_back(took, started + took);
+            }
         }
         match result {
             // Only what was written last was read: an older difference is still open.
@@ -344,6 +381,8 @@ impl Reconciler {
     /// when it is tried again.
     fn refused(&mut self, error: &BackendError, since: Option<Now>, trigger: Option<std::time::SystemTime>) {
         let now = Now::read();
+        // What the backend knows of its own writes may be lost with this.
+        self.unread = false;
         let wait = self.pace.refused(now.monotonic);
         self.metrics.backend_errors.inc();
         let text = chain(error);

@@ -152,6 +152,11 @@ impl Backend for FakeBackend {
         Ok(kernel.drift())
     }
 
+    fn read_back_later(&mut self) -> bool {
+        self.0.lock().calls.push("read back later".to_owned());
+        true
+    }
+
     fn disturbed(&mut self) -> Result<bool, BackendError> {
         Ok(std::mem::take(&mut self.0.lock().disturbed))
     }

@@ -1,6 +1,7 @@
 //! What an Ack may say while something is wrong, and that one thing wrong does not hold up the rest.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use lockstep_model::ServiceKey;
 use lockstep_view::ForwardingPlan;
@@ -242,4 +243,112 @@ fn what_follows_a_pass_hears_of_it_after_the_commit_and_is_heard_in_every_ack() 
     follower.0.lock().unwrap().complaints = Some(Vec::new());
     bench.tick(13_000);
     assert_eq!(bench.last_ack().outcome(), v1::Outcome::Verified);
+}
+
+#[test]
+fn where_passes_are_dear_changes_wait_for_each_other_and_nothing_else_waits() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.connect();
+    bench.acks();
+    bench.kernel.lock().calls.clear();
+    // A pass that took half a second: the next may begin a second after it.
+    let ended = bench.at(0).monotonic;
+    bench.reconciler.pace.changed(Duration::from_millis(500), ended);
+    let before = bench.server.seq;
+    bench.server.service(2, 1);
+    let first = frame(bench.server.delta());
+    bench.run(100, vec![first]);
+    bench.server.service(3, 1);
+    let second = frame(bench.server.delta());
+    bench.run(500, vec![second]);
+    assert!(bench.kernel.lock().calls.is_empty());
+    let ack = bench.last_ack();
+    assert_eq!((ack.received_seq, ack.applied_seq), (bench.server.seq, before));
+    assert!(bench.status.snapshot().healthy(bench.at(900).monotonic));
+    // What somebody else does is repaired meanwhile, to what is in force.
+    bench.kernel.lock().disturb(&key(1));
+    bench.tick(700);
+    assert_eq!(bench.programmed(), [key(1)]);
+    assert_eq!(bench.last_ack().drift_repairs, 1);
+    bench.kernel.lock().calls.clear();
+    bench.tick(999);
+    assert!(bench.kernel.lock().calls.is_empty());
+    bench.tick(1_000);
+    assert_eq!(bench.kernel.lock().calls, ["apply shop/cart-2 shop/cart-3", "verify"]);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
+    assert_eq!(ack.stats.unwrap().coalesced, 2);
+}
+
+#[test]
+fn a_change_of_the_node_waits_for_no_other() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.connect();
+    bench.kernel.lock().calls.clear();
+    let ended = bench.at(0).monotonic;
+    bench.reconciler.pace.changed(Duration::from_millis(500), ended);
+    bench.server.service(2, 1);
+    let change = frame(bench.server.delta());
+    bench.run(100, vec![change]);
+    assert!(bench.kernel.lock().calls.is_empty());
+    bench.reconciler.node_changed(bench.at(200));
+    bench.tick(200);
+    assert_eq!(bench.kernel.lock().calls, ["apply shop/cart-2", "verify"]);
+}
+
+#[test]
+fn a_read_back_that_is_put_off_is_not_verified_until_it_is_done() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.connect();
+    bench.acks();
+    let before = bench.server.seq;
+    // One that took so long that the next may begin after five seconds.
+    let ended = bench.at(0).monotonic;
+    bench.reconciler.pace.read_back(Duration::from_millis(300), ended);
+    bench.kernel.lock().calls.clear();
+    for (index, millis) in [(2, 100), (3, 200)] {
+        bench.server.service(index, 1);
+        let change = frame(bench.server.delta());
+        bench.run(millis, vec![change]);
+        let ack = bench.last_ack();
+        assert_eq!(
+            (ack.outcome(), ack.applied_seq, ack.verified_seq),
+            (v1::Outcome::Applied, bench.server.seq, before)
+        );
+    }
+    bench.tick(4_999);
+    assert_eq!(
+        bench.kernel.lock().calls,
+        ["apply shop/cart-2", "read back later", "apply shop/cart-3", "read back later"]
+    );
+    assert!(bench.acks().is_empty());
+    // No change has to come for it. It may differ, like any other.
+    bench.kernel.lock().misread = 1;
+    bench.tick(5_000);
+    assert_eq!(bench.kernel.lock().calls[4..], ["verify"]);
+    assert_eq!(bench.last_ack().verified_seq, 0);
+    bench.tick(10_000);
+    let ack = bench.last_ack();
+    assert_eq!((ack.outcome(), ack.verified_seq), (v1::Outcome::Verified, bench.server.seq));
+}
+
+#[test]
+fn a_retry_at_a_verified_version_is_read_back_at_once() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.server.service(2, 1);
+    bench.kernel.lock().refuse.insert(key(2));
+    bench.connect();
+    let ack = bench.last_ack();
+    assert_eq!((ack.failures.len(), ack.verified_seq), (1, bench.server.seq));
+    bench.kernel.lock().refuse.clear();
+    bench.kernel.lock().calls.clear();
+    let ended = bench.at(19_000).monotonic;
+    bench.reconciler.pace.read_back(Duration::from_millis(300), ended);
+    bench.tick(20_000);
+    assert_eq!(bench.kernel.lock().calls, ["apply shop/cart-2", "verify"]);
+    assert!(bench.last_ack().failures.is_empty());
 }
