@@ -212,12 +212,25 @@ impl Question {
         if self.to.ip().is_loopback() { self.to.ip() } else { self.from.address(self.family()) }
     }
 
+    /// By which it comes in to the node that decides.
+    fn interface(self) -> Option<String> {
+        match self.from {
+            Place::Node(node) if node == self.decider() => None,
+            Place::Pod(node, _) if node == self.decider() => Some(self.from.to_string()),
+            _ => Some("eth0".into()),
+        }
+    }
+
     fn explain(self, product: &Product) -> Result<Value> {
         let node = Place::Node(self.decider()).to_string();
         let from = self.client().to_string();
         let transport = if self.transport == Transport::Tcp { "tcp" } else { "udp" };
-        let line =
-            ["explain", "-o", "json", "--node", &node, "--from", &from, transport, &self.to.to_string()];
+        let to = self.to.to_string();
+        let mut line = vec!["explain", "-o", "json", "--node", &node, "--from", &from, transport, &to];
+        let interface = self.interface();
+        if let Some(name) = &interface {
+            line.extend(["--interface", name]);
+        }
         let output = product.ctl(&line)?.output()?;
         ensure!(output.status.success(), "lockstepctl: {}", String::from_utf8_lossy(&output.stderr));
         Ok(serde_json::from_slice(&output.stdout)?)
@@ -305,32 +318,35 @@ fn ensure_is(got: &Outcome, wanted: &Outcome) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn what_is_explained_is_what_packets_do() -> Result<()> {
+/// Two nodes, the first in nftables mode, with all the Services.
+fn started(flags: &[&str]) -> Result<Product> {
     let mut product = Product::new(Lab::new(2, 2)?, &[Mode::Nftables, Mode::IptablesLegacy])?;
+    if !flags.is_empty() {
+        product.set_agent_flags(flags);
+    }
     product.write_manifest("nodes.yaml", &product.node_manifest())?;
     product.write_manifest("services.yaml", &SERVED.iter().map(Served::manifest).collect::<String>())?;
     product.write_manifest("cidr.yaml", SERVICE_CIDR)?;
     product.start()?;
     let quarantined = product.list_failures()?.quarantined;
     ensure!(quarantined.is_empty(), "what this test made up is wrong: {quarantined:?}");
+    Ok(product)
+}
 
+/// How often each verdict was shown, by the node that decided it.
+type Shown = BTreeMap<(u8, String), usize>;
+
+/// Asks about these from everywhere, and sends.
+fn hold(product: &Product, destinations: &[(Transport, SocketAddr)]) -> Result<Shown> {
     let places: Vec<Place> =
         product.lab.pods().chain([Place::Node(1), Place::Node(2), Place::Outside]).collect();
-    let mut destinations = Vec::new();
-    for served in SERVED {
-        destinations.extend(served.destinations()?);
-    }
-    for to in UNALLOCATED.into_iter().chain([AT_NODE2]) {
-        destinations.push((Transport::Tcp, to.parse()?));
-    }
     let mut questions = Vec::new();
     for (transport, to) in destinations {
-        questions.extend(places.iter().map(|from| Question { from: *from, transport, to }));
+        questions.extend(places.iter().map(|from| Question { from: *from, transport: *transport, to: *to }));
     }
     questions.retain(|question| question.is_asked());
-    let (count, product) = (questions.len(), &product);
-    let (queue, results) = (Mutex::new(questions), Mutex::new((Vec::new(), BTreeMap::new())));
+    let count = questions.len();
+    let (queue, results) = (Mutex::new(questions), Mutex::new((Vec::new(), Shown::new())));
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
             scope.spawn(|| {
@@ -347,19 +363,48 @@ fn what_is_explained_is_what_packets_do() -> Result<()> {
     });
     let (faults, shown) = results.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     ensure!(faults.is_empty(), "{} of {count} are not as explained:\n{}", faults.len(), faults.join("\n"));
-    // Every verdict was met on either node, so that no table of answers is empty by accident.
-    for node in [1, 2] {
-        for verdict in ["Forwarded", "Refused", "Dropped", "DroppedBySourceRanges", "LeftAlone"] {
-            ensure!(
-                shown.contains_key(&(node, verdict.to_owned())),
-                "node{node}: never {verdict}: {shown:?}"
-            );
-        }
+    Ok(shown)
+}
+
+#[test]
+fn what_is_explained_is_what_packets_do() -> Result<()> {
+    let product = started(&[])?;
+    let mut destinations = Vec::new();
+    for served in SERVED {
+        destinations.extend(served.destinations()?);
     }
-    for (node, what) in
-        [(1, "Dropped: unallocated"), (2, "LeftAlone: unallocated"), (2, "Forwarded: loopback")]
-    {
-        ensure!(shown.contains_key(&(node, what.to_owned())), "node{node}: never {what}: {shown:?}");
+    for to in UNALLOCATED.into_iter().chain([AT_NODE2]) {
+        destinations.push((Transport::Tcp, to.parse()?));
+    }
+    let shown = hold(&product, &destinations)?;
+    // Every verdict was met on either node, so that no table of answers is empty by accident.
+    let both = ["Forwarded", "Refused", "Dropped", "DroppedBySourceRanges", "LeftAlone"];
+    let mut wanted: Vec<(u8, &str)> =
+        both.into_iter().flat_map(|verdict| [(1, verdict), (2, verdict)]).collect();
+    wanted.extend([
+        (1, "Dropped: unallocated"),
+        (2, "LeftAlone: unallocated"),
+        (1, "LeftAlone: loopback"),
+        (2, "Forwarded: loopback"),
+    ]);
+    for (node, verdict) in wanted {
+        ensure!(shown.contains_key(&(node, verdict.to_owned())), "node{node}: never {verdict}: {shown:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_that_are_told_by_their_interfaces_are_explained_so() -> Result<()> {
+    // The pods of node 2 come in by interfaces of other names, so they are none.
+    let product = started(&["--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=n1p"])?;
+    let mut destinations = Vec::new();
+    for served in SERVED.iter().filter(|served| matches!(served.number, 2 | 3)) {
+        destinations.extend(served.destinations()?.into_iter().filter(|(_, to)| to.port() != NOBODYS_PORT));
+    }
+    let shown = hold(&product, &destinations)?;
+    // External policy Local forwards pods and drops others where no endpoint is on the node.
+    for verdict in ["Forwarded", "Dropped"] {
+        ensure!(shown.contains_key(&(1, verdict.to_owned())), "never {verdict}: {shown:?}");
     }
     Ok(())
 }
