@@ -246,6 +246,8 @@ fn node_ports_are_not_at_localhost_where_they_are_not_wanted() -> Result<()> {
     let cidr = format!("--cluster-cidr={POD_CIDRS}");
     for (mode, flag) in [
         (Mode::IptablesLegacy, "--nodeport-addresses=10.200.0.0/24"),
+        // No interface has this one of 127.0.0.0/8.
+        (Mode::IptablesLegacy, "--nodeport-addresses=10.200.0.0/24,127.0.0.2/32"),
         (Mode::IptablesNft, "--iptables-localhost-nodeports=false"),
         (Mode::Nftables, "--nodeport-addresses=0.0.0.0/0"),
         (Mode::Nftables, "--iptables-localhost-nodeports=true"),

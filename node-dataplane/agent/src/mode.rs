@@ -1,6 +1,7 @@
 //! Which backend, and why.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
@@ -144,8 +145,9 @@ pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
     };
     if let Err(why) = &description.localhost_node_ports {
         let unknown = NodeContext::unknown(config.node_name.as_str());
+        let plan = decided.node_plan(&unknown, &[Ipv4Addr::LOCALHOST.into()], &[]);
         // That another mode has none is no news: the flag is on unless it is turned off.
-        if description.mode == IPTABLES && decided.node_plan(&unknown, &[], &[]).localhost_node_ports {
+        if description.mode == IPTABLES && plan.localhost_node_ports {
             tracing::warn!(
                 cause = why,
                 "node ports do not answer at 127.0.0.1, everything else goes on; \

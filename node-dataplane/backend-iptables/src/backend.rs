@@ -139,8 +139,11 @@ impl Iptables {
         }
         let mut objects_changed = objects_changed;
         if self.has_localhost() {
-            objects_changed += usize::from(self.localnet.turn_on());
-            if let Some(fault) = self.localnet.fault() {
+            let fault = self.localnet.fault();
+            // One more that is not as it should be. `verify` writes it, which knows that the guard
+            // is in force: what was written a while ago says nothing about now.
+            objects_changed += usize::from(fault.is_none() && self.localnet.is_off());
+            if let Some(fault) = fault {
                 let concerned = plan.services.iter().filter(|(_, service)| forwards_node_ports(service));
                 for (key, _) in concerned {
                     failures.entry(key.clone()).or_insert_with(|| ServiceFailure {
@@ -155,8 +158,7 @@ impl Iptables {
         Ok(Applied { objects_changed, failures: failures.into_values().collect() })
     }
 
-    /// True where node ports answer at loopback addresses, by rules that are written: the guard
-    /// came with them.
+    /// True where node ports are to answer at loopback addresses, by rules that were written.
     fn has_localhost(&self) -> bool {
         self.families.iter().any(|state| state.terms.as_ref().is_some_and(|terms| terms.localhost))
     }
@@ -227,12 +229,20 @@ impl Backend for Iptables {
             .map(|state| state.tool.family)
             .collect();
         let results = self.each(|state| read_back(state, gone.contains(&state.tool.family)));
-        let mut drift = Vec::new();
+        let (mut drift, mut guarded) = (Vec::new(), false);
         for (family, result) in results {
-            drift.extend(result.map_err(|error| self.failed(family, "read back", error))?);
+            let found = result.map_err(|error| self.failed(family, "read back", error))?;
+            guarded |= family == Family::V4 && found.is_empty();
+            drift.extend(found);
+        }
+        if self.has_localhost() && guarded {
+            drift.extend(self.localnet.turn_on());
+        }
+        if drift.iter().any(check::is_of_guard) {
+            // The loopback may be open: not to wait until it is time to try again.
+            self.watch.suspect();
         }
         self.families.iter_mut().for_each(|state| state.unread = false);
-        drift.extend(self.localnet.drift().filter(|_| self.has_localhost()));
         Ok(drift)
     }
 

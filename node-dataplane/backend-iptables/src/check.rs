@@ -30,6 +30,11 @@ pub(crate) fn compare(
     check.drift
 }
 
+/// True where the guard of the loopback is not as it should be.
+pub(crate) fn is_of_guard(drift: &Drift) -> bool {
+    [&drift.object, &drift.fault].iter().any(|text| text.ends_with(guard::CHAIN))
+}
+
 struct Check<'a> {
     snapshot: &'a Snapshot<'a>,
     shared: &'a [Shared],
@@ -89,15 +94,23 @@ impl Check<'_> {
         }
     }
 
-    /// Others may have rules in these chains.
+    /// Others may have rules in these chains; those before the guard's own must let nothing by.
     fn guard(&mut self) {
-        let needed = guard::ENTRANCES.map(|chain| (chain, guard::JUMP));
-        for (chain, needed) in needed.into_iter().chain([(guard::CHAIN, guard::RULE)]) {
+        for chain in guard::ENTRANCES {
             let mut found = self.snapshot.rules(Table::Filter, chain).into_iter().map(observe::canonical);
-            if !found.any(|rule| rule == needed) {
-                self.report(Table::Filter, chain, format!("lacks {needed}"));
+            if !found.any(|rule| rule == guard::JUMP) {
+                self.report(Table::Filter, chain, format!("lacks {}", guard::JUMP));
             }
         }
+        for rule in self.snapshot.rules(Table::Filter, guard::CHAIN) {
+            if observe::canonical(rule) == guard::RULE {
+                return;
+            }
+            if observe::target(rule).is_some_and(|target| !guard::KEEPING.contains(&target)) {
+                return self.report(Table::Filter, guard::CHAIN, format!("lets packets by: {rule}"));
+            }
+        }
+        self.report(Table::Filter, guard::CHAIN, format!("lacks {}", guard::RULE));
     }
 
     /// Every line of these Services, and nothing left of what they had.

@@ -182,6 +182,12 @@ fn edit(chains: &mut Chains, line: &str) -> Result<(), &'static str> {
             _ => Err("chain missing, not empty or in use"),
         };
     }
+    if verb == Some("-N") {
+        return match chains.insert(chain.to_owned(), Vec::new()) {
+            None => Ok(()),
+            Some(_) => Err("chain already exists"),
+        };
+    }
     let rules = chains.get_mut(chain).ok_or("no such chain")?;
     match verb {
         Some("-A") => rules.push(rule.to_owned()),

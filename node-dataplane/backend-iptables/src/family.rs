@@ -11,6 +11,7 @@ use rustc_hash::FxHashMap;
 
 use crate::diff::{self, Kept, KernelDiff, Wanted};
 use crate::fixed::{self, Terms};
+use crate::guard;
 use crate::input::{Change, Input, Op, Owner};
 use crate::names::{ChainName, Shared, Table};
 use crate::observe::Snapshot;
@@ -74,6 +75,8 @@ pub(crate) struct FamilyState {
     pub(crate) touched: Option<Touched>,
     /// What is touched so far is read back with what the next write touches.
     pub(crate) unread: bool,
+    /// What was said to accept packets before they come to the guard.
+    ahead_of_guard: Option<String>,
 }
 
 impl FamilyState {
@@ -90,6 +93,7 @@ impl FamilyState {
             commits: 0,
             touched: Some(Touched::default()),
             unread: false,
+            ahead_of_guard: None,
         }
     }
 
@@ -292,8 +296,16 @@ impl FamilyState {
     /// narrowed down to single owners, who are left out.
     fn settle(&mut self, pass: &mut Pass, mut owners: BTreeSet<Owner>) -> Result<(), ToolError> {
         loop {
-            let saved = self.tool.save()?;
+            let mut saved = self.tool.save()?;
+            if pass.terms.localhost {
+                saved = self.make_guard_chain(pass, saved)?;
+            }
             let snapshot = Snapshot::parse(&saved);
+            let mut unguarded = Vec::new();
+            if pass.terms.localhost {
+                unguarded = guard::unguarded(&snapshot);
+                self.look_ahead_of_guard(&snapshot);
+            }
             let standing = snapshot.services();
             let changes = self.against_kernel(pass, &snapshot, &owners);
             let input = Input::new(self.tool.flavour, standing, &changes);
@@ -304,6 +316,9 @@ impl FamilyState {
                 Ok(()) => {
                     self.commits += input.commits;
                     pass.objects += input.objects;
+                    if !unguarded.is_empty() {
+                        self.leave_guard_once(pass, &unguarded);
+                    }
                     return Ok(());
                 }
                 Err(error) => error,
@@ -330,6 +345,64 @@ impl FamilyState {
                 }
             }
         }
+    }
+
+    /// Makes the chain of the guard where `saved` lacks it. Returns what is there then, as far as it
+    /// matters: an empty chain is as good as none.
+    fn make_guard_chain(&mut self, pass: &mut Pass, saved: String) -> Result<String, ToolError> {
+        if guard::has_chain(&Snapshot::parse(&saved)) {
+            return Ok(saved);
+        }
+        match self.tool.restore(guard::MAKE) {
+            Ok(()) => {
+                self.commits += 1;
+                pass.objects += 1;
+                Ok(saved)
+            }
+            Err(error) if error.concerns_rules() => {
+                // Somebody else was faster, and may have written more than the chain.
+                let saved = self.tool.save()?;
+                if guard::has_chain(&Snapshot::parse(&saved)) { Ok(saved) } else { Err(error) }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes away what somebody else wrote of the guard at the same moment. It does no harm: where that
+    /// fails, it stays. `written`: the chains that it was just written to.
+    fn leave_guard_once(&mut self, pass: &mut Pass, written: &[&'static str]) {
+        let read = match self.tool.flavour {
+            Flavour::Nft => self.tool.list(&guard::PLACES),
+            Flavour::Legacy => self.tool.save(),
+        };
+        let Ok(text) = read else { return };
+        let snapshot = match self.tool.flavour {
+            Flavour::Nft => Snapshot::of_list(&text, &guard::PLACES),
+            Flavour::Legacy => Some(Snapshot::parse(&text)),
+        };
+        let Some(snapshot) = snapshot else { return };
+        let ops = guard::doubled(&snapshot, written);
+        let input = Input::new(self.tool.flavour, 0, &[Change { owner: Owner::Everybody, ops }]);
+        if input.objects > 0 && self.tool.restore(&input.text).is_ok() {
+            self.commits += input.commits;
+            pass.objects += input.objects;
+        }
+    }
+
+    fn look_ahead_of_guard(&mut self, snapshot: &Snapshot<'_>) {
+        let ahead = guard::ahead(snapshot).map(str::to_owned);
+        if ahead == self.ahead_of_guard {
+            return;
+        }
+        if let Some(rule) = &ahead {
+            tracing::warn!(
+                rule,
+                "in filter INPUT this comes before the jump to {}: what it accepts from outside may be \
+                 for 127.0.0.1 of this node",
+                guard::CHAIN
+            );
+        }
+        self.ahead_of_guard = ahead;
     }
 
     fn refuse(&mut self, pass: &Pass, owner: &Owner, complaint: &str) {

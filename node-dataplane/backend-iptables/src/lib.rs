@@ -15,7 +15,7 @@
 //! What is ours, also to a process that starts anew: in nat and filter the chains that
 //! kube-proxy makes (see `names`), and jumps from built-in chains into them. `KUBE-KUBELET-CANARY` and
 //! `KUBE-IPTABLES-HINT` are kubelet's and never touched; `KUBE-FIREWALL` is shared with kubelet, see
-//! `guard`: what is missing of it is added, and nothing is taken away. A fresh process
+//! `guard`: what is missing of it is added, and what else is there stays. A fresh process
 //! reads `iptables-save` once and writes what differs; a kube-proxy's rules are adopted alike.
 //!
 //! Where the rules differ from kube-proxy's, on purpose:

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use lockstep_kernel::exec::Run;
-use lockstep_kernel::sysctl::Tree;
 use lockstep_model::{Family, Port, Protocol, ServiceKey};
 use lockstep_view::backend::Backend;
 use lockstep_view::{
@@ -22,6 +21,8 @@ use crate::input::Input;
 use crate::observe::Snapshot;
 use crate::render::ServiceRules;
 use crate::{Flavour, Iptables};
+
+mod localhost;
 
 const CLUSTER: Action = Action::Forward { pool: Pool::Cluster, masquerade: false };
 const CLUSTER_MASQUERADED: Action = Action::Forward { pool: Pool::Cluster, masquerade: true };
@@ -200,104 +201,6 @@ fn goldens_of_pods_told_by_interface_and_of_node_ports_at_localhost() {
             && text.contains("-A KUBE-SERVICES -d 192.0.2.1/32 ")
     );
     assert!(!input(&listed, Flavour::Legacy, Family::V6).contains(guard::CHAIN), "IPv4 alone");
-}
-
-/// Sysctls in a directory of this test's own, which goes with the value.
-struct Sysctls(PathBuf);
-
-impl Sysctls {
-    const KEY: &str = "net/ipv4/conf/all/route_localnet";
-
-    fn new(name: &str) -> Self {
-        let root = std::env::temp_dir().join(format!("lockstep-{name}-{}", std::process::id()));
-        let this = Self(root);
-        std::fs::create_dir_all(this.0.join("net/ipv4/conf/all")).unwrap();
-        this.set("0");
-        this
-    }
-
-    fn set(&self, value: &str) {
-        std::fs::write(self.0.join(Self::KEY), format!("{value}\n")).unwrap();
-    }
-
-    fn get(&self) -> String {
-        std::fs::read_to_string(self.0.join(Self::KEY)).unwrap().trim().to_owned()
-    }
-
-    fn open(&self, fake: &Arc<Fake>) -> Iptables {
-        Iptables::open_on(Arc::clone(fake) as Arc<dyn Run>, Flavour::Legacy, Tree::at(&self.0)).unwrap()
-    }
-}
-
-impl Drop for Sysctls {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn at_localhost() -> ForwardingPlan {
-    let mut plan = plan([
-        service("web", load_balancer(&["10.244.0.5"], &[], [CLUSTER_MASQUERADED; 3])),
-        service("inner", vec![simple(1).ports.remove(0)]),
-    ]);
-    plan.node.localhost_node_ports = true;
-    plan
-}
-
-#[test]
-fn the_guard_comes_before_the_sysctl() {
-    let (fake, sysctls) = (Arc::new(Fake::default()), Sysctls::new("guard"));
-    let mut backend = sysctls.open(&fake);
-    assert_eq!(backend.describe().localhost_node_ports, Ok(()));
-    assert_eq!(sysctls.get(), "0", "opening writes nothing");
-    fake.refuse(Some("block incoming localnet"));
-    // IPv6 is written.
-    assert_eq!(backend.sync(&at_localhost()).unwrap().failures.len(), 2);
-    assert_eq!(sysctls.get(), "0", "no guard, no sysctl");
-    fake.refuse(None);
-    assert_eq!(backend.sync(&at_localhost()).unwrap().failures, []);
-    assert_eq!(sysctls.get(), "1");
-    assert_eq!(backend.verify().unwrap(), []);
-    assert_eq!(backend.sync(&at_localhost()).unwrap().objects_changed, 0);
-    // A plan without them leaves both as they are: others may count on them by now.
-    assert_eq!(backend.sync(&plan([])).unwrap().failures, []);
-    assert_eq!((sysctls.get().as_str(), fake.rules().contains("block incoming localnet")), ("1", true));
-}
-
-#[test]
-fn a_sysctl_that_others_turn_off_is_found_and_turned_on_again() {
-    let (fake, sysctls) = (Arc::new(Fake::default()), Sysctls::new("drift"));
-    let mut backend = sysctls.open(&fake);
-    backend.sync(&at_localhost()).unwrap();
-    sysctls.set("0");
-    let drift: Vec<String> = backend.verify().unwrap().iter().map(ToString::to_string).collect();
-    assert_eq!(drift, [format!("sysctl {}: 0 instead of 1", Sysctls::KEY)]);
-    assert_eq!(backend.sync(&at_localhost()).unwrap().objects_changed, 1);
-    assert_eq!((sysctls.get().as_str(), backend.verify().unwrap()), ("1", Vec::new()));
-    // Where there are none, nobody looks.
-    backend.sync(&plan([])).unwrap();
-    sysctls.set("0");
-    assert_eq!(backend.verify().unwrap(), []);
-}
-
-#[test]
-fn a_sysctl_that_cannot_be_written_concerns_services_with_node_ports_alone() {
-    let (fake, sysctls) = (Arc::new(Fake::default()), Sysctls::new("gone"));
-    let mut backend = sysctls.open(&fake);
-    std::fs::remove_file(sysctls.0.join(Sysctls::KEY)).unwrap();
-    let why = backend.describe().localhost_node_ports.unwrap_err();
-    assert!(why.contains(Sysctls::KEY), "{why}");
-    // It could be written when the plan was made.
-    let applied = backend.sync(&at_localhost()).unwrap();
-    let failed: Vec<_> =
-        applied.failures.iter().map(|it| (it.service.to_string(), it.previous_in_force)).collect();
-    assert_eq!(failed, [("default/web".to_owned(), true)]);
-    let message = &applied.failures[0].message;
-    assert!(message.starts_with("its node ports do not answer at 127.0.0.1: sysctl net/"), "{message}");
-    assert_eq!(backend.verify().unwrap(), [], "the rules are in force, and the rest is said");
-    sysctls.set("0");
-    assert_eq!(backend.apply(&at_localhost(), &[]).unwrap().failures, [], "the next write tries again");
-    assert_eq!(sysctls.get(), "1");
 }
 
 fn backend(fake: &Arc<Fake>) -> Iptables {

@@ -1,7 +1,7 @@
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 use lockstep_model::{Family, NodeContext};
 
 use crate::{InterfaceName, NodePlan, NodePortScope, PodSources};
@@ -91,11 +91,19 @@ impl ViewConfig {
     /// node has beside those of its Node object; only [`NodePortAddresses::Cidrs`] uses them.
     /// `service_cidrs` are those of all ServiceCidrs, in any order.
     pub fn node_plan(&self, node: &NodeContext, interfaces: &[IpAddr], service_cidrs: &[IpNet]) -> NodePlan {
+        let node_ports_v4 = self.node_ports(Family::V4, node, interfaces);
+        let localhost_node_ports = self.allows_localhost(Family::V4)
+            && match &node_ports_v4 {
+                NodePortScope::AllLocal => true,
+                // Of 127.0.0.0/8 the kernel takes every address for its own. Node ports answer at
+                // those that an interface has, as with kube-proxy; where none has, nothing is opened.
+                NodePortScope::Addresses(addresses) => addresses.iter().any(IpAddr::is_loopback),
+            };
         NodePlan {
             pods: self.pods(node),
-            node_ports_v4: self.node_ports(Family::V4, node, interfaces),
+            node_ports_v4,
             node_ports_v6: self.node_ports(Family::V6, node, interfaces),
-            localhost_node_ports: self.has_localhost_node_ports(Family::V4),
+            localhost_node_ports,
             masquerade_mark: 1 << (self.masquerade_bit % 32),
             service_cidrs: self.outermost(service_cidrs),
         }
@@ -114,21 +122,13 @@ impl ViewConfig {
         (!cidrs.is_empty()).then_some(PodSources::Cidrs(cidrs))
     }
 
-    /// True where node ports of the family answer at loopback addresses too. Never in IPv6: its
-    /// kernel has no `route_localnet`.
-    fn has_localhost_node_ports(&self, family: Family) -> bool {
-        let asked = self.localhost_node_ports && family == Family::V4 && self.families.contains(&family);
-        asked
-            && match &self.node_port_addresses {
-                NodePortAddresses::AllLocal => true,
-                NodePortAddresses::Primary => false,
-                NodePortAddresses::Cidrs(cidrs) => {
-                    let loopback = IpNet::V4(LOOPBACK);
-                    let mut cidrs = cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family).peekable();
-                    cidrs.peek().is_none()
-                        || cidrs.any(|cidr| cidr.contains(&loopback) || loopback.contains(cidr))
-                }
-            }
+    /// True where node ports of the family may answer at loopback addresses, if they do at any. Never
+    /// in IPv6: its kernel has no `route_localnet`.
+    fn allows_localhost(&self, family: Family) -> bool {
+        self.localhost_node_ports
+            && family == Family::V4
+            && self.families.contains(&family)
+            && self.node_port_addresses != NodePortAddresses::Primary
     }
 
     /// The ranges of the families that are planned for, without those inside another.
@@ -147,7 +147,7 @@ impl ViewConfig {
     }
 
     fn node_ports(&self, family: Family, node: &NodeContext, interfaces: &[IpAddr]) -> NodePortScope {
-        let localhost = self.has_localhost_node_ports(family);
+        let localhost = self.allows_localhost(family);
         let usable = |ip: &IpAddr| Family::of(*ip) == family && (localhost || !ip.is_loopback());
         let mut addresses: Vec<IpAddr> = match &self.node_port_addresses {
             NodePortAddresses::AllLocal => return NodePortScope::AllLocal,
@@ -205,9 +205,6 @@ impl Facts {
 pub fn load_balancers_may_use(node: &NodeContext) -> bool {
     node.uid.is_some() && !node.being_removed
 }
-
-/// What the kernel holds to be its own host, whatever addresses its interfaces have.
-const LOOPBACK: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
 
 fn primary(node: &NodeContext, family: Family) -> Option<IpAddr> {
     node.addresses.iter().copied().find(|ip| Family::of(*ip) == family)

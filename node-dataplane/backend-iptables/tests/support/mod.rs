@@ -24,6 +24,8 @@ pub(crate) struct Recorder {
     pub(crate) saves: AtomicUsize,
     /// A command that somebody else gives right after the next restore.
     pub(crate) beside: Mutex<Option<String>>,
+    /// A command that somebody else gives right after everything of IPv4 was read.
+    pub(crate) behind_save: Mutex<Option<String>>,
 }
 
 impl Run for Recorder {
@@ -41,6 +43,12 @@ impl Run for Recorder {
         let output = Processes.run(program, arguments, stdin, limit);
         if !stdin.is_empty()
             && let Some(command) = self.beside.lock().unwrap().take()
+        {
+            sh(&command);
+        }
+        if program.ends_with("-save")
+            && program.starts_with("iptables")
+            && let Some(command) = self.behind_save.lock().unwrap().take()
         {
             sh(&command);
         }

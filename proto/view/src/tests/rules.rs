@@ -360,6 +360,9 @@ fn node_ports_answer_at_localhost_where_the_configuration_does_not_leave_it_out(
     assert_eq!(at(cidrs(&both), false), (false, only(&["192.168.0.2"]), only(&[])));
     assert_eq!(at(cidrs(&["fd00::/8"]), true), (true, all(), only(&[])), "no CIDR of the family");
     assert_eq!(at(cidrs(&["126.0.0.0/7"]), true), (true, only(&["127.0.0.1"]), all()));
+    // No interface has one of these: nothing answers there, so nothing is opened for it.
+    assert_eq!(at(cidrs(&["127.0.0.2/32"]), true), (false, only(&[]), all()));
+    assert_eq!(at(cidrs(&["127.1.0.0/16", "192.168.0.0/24"]), true), (false, only(&["192.168.0.2"]), all()));
     let v6_only = ViewConfig { families: vec![Family::V6], localhost_node_ports: true, ..config.clone() };
     assert!(!v6_only.node_plan(&node(), &interfaces, &[]).localhost_node_ports);
 }
