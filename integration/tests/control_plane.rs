@@ -73,9 +73,10 @@ impl World {
     }
 }
 
-/// Keys of the test's own objects: every cluster has default/kubernetes.
+/// Keys of the test's own objects: every cluster has default/kubernetes, and a ServiceCIDR.
 fn own(seen: &Seen) -> BTreeSet<String> {
-    seen.keys.iter().filter(|key| !key.starts_with("default/kubernetes")).cloned().collect()
+    let own = |key: &&String| !key.starts_with("default/kubernetes") && *key != "kubernetes";
+    seen.keys.iter().filter(own).cloned().collect()
 }
 
 fn service(name: &str, port: u16) -> Value {
