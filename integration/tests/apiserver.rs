@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
 use lockstep_integration::apiserver::{ApiServer, Cluster, Kind};
+use lockstep_integration::leftovers::Directory;
 use lockstep_model::{InvalidField, NodeContext, Resource, Service};
 use lockstep_source::{Changes, Event, NodeChange, QuarantineChange, kubernetes};
 use serde_json::{Value, json};
@@ -156,13 +157,13 @@ impl Known {
 
 /// What the API server was asked and agreed to.
 struct Audit {
-    directory: tempfile::TempDir,
+    directory: Directory,
     arguments: [String; 2],
 }
 
 impl Audit {
     fn new() -> Result<Self> {
-        let directory = tempfile::tempdir()?;
+        let directory = Directory::new("lockstep-test-")?;
         let (policy, log) = (directory.path().join("policy.yaml"), directory.path().join("audit.log"));
         let rule = json!({"level": "Metadata", "users": ["admin"], "verbs": ["list", "watch"]});
         let rules = json!([rule, {"level": "None"}]);

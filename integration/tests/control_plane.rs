@@ -12,6 +12,7 @@ use lockstep_client::transport::Security;
 use lockstep_integration::apiserver::{ApiServer, Cluster, Kind};
 use lockstep_integration::control_plane::ControlPlane;
 use lockstep_integration::follower::{Follower, Seen};
+use lockstep_integration::leftovers::Directory;
 use lockstep_wire::v1;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -27,7 +28,7 @@ struct World {
     control_plane: ControlPlane,
     server: ApiServer,
     cluster: Cluster,
-    _kubeconfig: tempfile::TempDir,
+    _kubeconfig: Directory,
 }
 
 impl World {
@@ -41,7 +42,7 @@ impl World {
         for name in ["node-1", "node-2"] {
             cluster.create(Kind::Node, json!({"metadata": {"name": name}})).await?;
         }
-        let directory = tempfile::tempdir()?;
+        let directory = Directory::new("lockstep-test-")?;
         let kubeconfig = minimal_kubeconfig(&server, cluster.client(), directory.path().join("kubeconfig"));
         let kubeconfig = kubeconfig.await?.display().to_string();
         let arguments = ["--source", "kubernetes", "--kubeconfig", &kubeconfig, "--insecure"];
@@ -73,9 +74,10 @@ impl World {
     }
 }
 
-/// Keys of the test's own objects: every cluster has default/kubernetes.
+/// Keys of the test's own objects: every cluster has default/kubernetes, and a ServiceCIDR.
 fn own(seen: &Seen) -> BTreeSet<String> {
-    seen.keys.iter().filter(|key| !key.starts_with("default/kubernetes")).cloned().collect()
+    let own = |key: &&String| !key.starts_with("default/kubernetes") && *key != "kubernetes";
+    seen.keys.iter().filter(own).cloned().collect()
 }
 
 fn service(name: &str, port: u16) -> Value {

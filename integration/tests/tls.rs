@@ -12,6 +12,7 @@ use lockstep_client::transport::Security;
 use lockstep_integration::certificates::{Authority, Pair, Secret};
 use lockstep_integration::control_plane::ControlPlane;
 use lockstep_integration::follower::{Follower, Seen};
+use lockstep_integration::leftovers::Directory;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -132,7 +133,7 @@ fn names(line: &str, reason: &str) -> bool {
 
 #[tokio::test]
 async fn a_server_certificate_is_enough_where_no_other_is_asked_for() -> Result<()> {
-    let (directory, authority) = (tempfile::tempdir()?, Authority::new()?);
+    let (directory, authority) = (Directory::new("lockstep-test-")?, Authority::new()?);
     let own =
         Secret::new(directory.path().join("own"), &authority, Some(&issue(&authority, "control-plane")?))?;
     let (_control_plane, url) = control_plane(directory.path(), &own, false).await?;
@@ -145,7 +146,7 @@ async fn a_server_certificate_is_enough_where_no_other_is_asked_for() -> Result<
 
 #[tokio::test]
 async fn with_a_client_ca_a_node_speaks_for_itself_only() -> Result<()> {
-    let (directory, authority) = (tempfile::tempdir()?, Authority::new()?);
+    let (directory, authority) = (Directory::new("lockstep-test-")?, Authority::new()?);
     let directory = directory.path();
     let own = Secret::new(directory.join("own"), &authority, Some(&issue(&authority, "control-plane")?))?;
     let (control_plane, url) = control_plane(directory, &own, true).await?;
@@ -173,7 +174,7 @@ async fn with_a_client_ca_a_node_speaks_for_itself_only() -> Result<()> {
 
 #[tokio::test]
 async fn a_server_that_cannot_be_trusted_is_not_followed() -> Result<()> {
-    let (directory, authority) = (tempfile::tempdir()?, Authority::new()?);
+    let (directory, authority) = (Directory::new("lockstep-test-")?, Authority::new()?);
     let directory = directory.path();
     let late = authority.issue_expired("control-plane", &[HOST])?;
     let mut own = Secret::new(directory.join("own"), &authority, Some(&late))?;
@@ -208,7 +209,7 @@ const UNUSABLE: &str = "the certificates before stay in force";
 
 #[tokio::test]
 async fn renewed_certificates_are_taken_up_and_streams_go_on() -> Result<()> {
-    let (directory, old, new) = (tempfile::tempdir()?, Authority::new()?, Authority::new()?);
+    let (directory, old, new) = (Directory::new("lockstep-test-")?, Authority::new()?, Authority::new()?);
     let directory = directory.path();
     let mut own = Secret::new(directory.join("own"), &old, Some(&issue(&old, "control-plane")?))?;
     let (control_plane, url) = control_plane(directory, &own, true).await?;
@@ -237,7 +238,7 @@ async fn renewed_certificates_are_taken_up_and_streams_go_on() -> Result<()> {
 
 #[tokio::test]
 async fn unusable_certificates_leave_the_good_ones_in_force_and_are_said_once() -> Result<()> {
-    let (directory, authority) = (tempfile::tempdir()?, Authority::new()?);
+    let (directory, authority) = (Directory::new("lockstep-test-")?, Authority::new()?);
     let directory = directory.path();
     let good = issue(&authority, "control-plane")?;
     let mut own = Secret::new(directory.join("own"), &authority, Some(&good))?;
@@ -266,7 +267,7 @@ async fn unusable_certificates_leave_the_good_ones_in_force_and_are_said_once() 
 
 #[tokio::test]
 async fn a_client_uses_renewed_files_at_its_next_connection() -> Result<()> {
-    let (directory, old, new) = (tempfile::tempdir()?, Authority::new()?, Authority::new()?);
+    let (directory, old, new) = (Directory::new("lockstep-test-")?, Authority::new()?, Authority::new()?);
     let directory = directory.path();
     let mut own = Secret::new(directory.join("own"), &old, Some(&issue(&old, "control-plane")?))?;
     let (mut control_plane, url) = control_plane(directory, &own, true).await?;
@@ -295,7 +296,7 @@ async fn a_client_uses_renewed_files_at_its_next_connection() -> Result<()> {
 
 #[tokio::test]
 async fn lockstepctl_shows_a_certificate_and_says_what_is_wrong_with_it() -> Result<()> {
-    let (directory, authority) = (tempfile::tempdir()?, Authority::new()?);
+    let (directory, authority) = (Directory::new("lockstep-test-")?, Authority::new()?);
     let directory = directory.path();
     let own = Secret::new(directory.join("own"), &authority, Some(&issue(&authority, "control-plane")?))?;
     let (control_plane, url) = control_plane(directory, &own, true).await?;
