@@ -1,10 +1,11 @@
 //! A cluster whose nodes run the real kube-proxy, once per mode, all at one API server: every
 //! change of objects is made once and looked at in all modes.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::apiserver::ApiServer;
@@ -18,6 +19,9 @@ use crate::traffic::{Outcome, POD_PORT, Transport, probe_within};
 
 /// How long the marker's answer is waited for before it is asked again.
 const MARKER_PATIENCE: Duration = Duration::from_millis(50);
+/// Connections in a row that end in the node's own zone: of three, the odds that they do so by
+/// chance are 1 in 500,000.
+const IN_ZONE: usize = 12;
 
 /// Networks of the same shape, one per mode. Fields end in order: who asks before who answers.
 #[derive(Debug)]
@@ -69,7 +73,57 @@ impl KubeProxyCluster {
         runtime.block_on(objects.make(&format!("{}---\n{always}", node_manifest(nodes))))?;
         let networks = Mode::ALL.map(|mode| ProxyNetwork::start(mode, Lab::new(nodes, pods)?, &server));
         let networks = networks.into_iter().collect::<Result<_>>()?;
-        Ok(Self { networks, _always: objects, server, runtime })
+        let this = Self { networks, _always: objects, server, runtime };
+        this.wait_for_zones(nodes)?;
+        Ok(this)
+    }
+
+    /// Waits until every kube-proxy knows the zone of its node, which comes by a watch that no
+    /// marker is in: a Service whose endpoints are meant for their own zones is answered by the
+    /// node's own pod alone.
+    fn wait_for_zones(&self, nodes: u8) -> Result<()> {
+        let addresses = ["10.96.254.1", "fd00:96::fe01"];
+        let mut manifests = vec![service("zones", addresses, 80)];
+        for family in [Family::V4, Family::V6] {
+            let endpoint = |node| {
+                json!({
+                    "addresses": [Place::Pod(node, 1).address(family)],
+                    "nodeName": Place::Node(node).to_string(),
+                    "hints": {"forZones": [{"name": format!("zone{node}")}]},
+                })
+            };
+            manifests.push(slice("zones", family, (1..=nodes).map(endpoint).collect()));
+        }
+        let mut objects = Objects::new(self.runtime.block_on(self.server.cluster())?);
+        self.runtime.block_on(objects.make(&manifests.join("\n---\n")))?;
+        for network in &self.networks {
+            for node in 1..=nodes {
+                for address in addresses {
+                    let to = SocketAddr::new(address.parse()?, 80);
+                    let own = || -> Result<bool> {
+                        let outcome = probe_within(
+                            &network.lab,
+                            Place::Node(node),
+                            Transport::Tcp,
+                            to,
+                            MARKER_PATIENCE,
+                        )?;
+                        Ok(matches!(outcome, Outcome::Answered { by, .. } if by == Place::Pod(node, 1)))
+                    };
+                    wait_until("kube-proxy knows the zone of its node", PATIENCE, || {
+                        for _ in 0..IN_ZONE {
+                            if !own()? {
+                                return Ok(None);
+                            }
+                        }
+                        Ok(Some(()))
+                    })
+                    .with_context(|| format!("{}, node{node}, {address}", network.mode.name()))
+                    .with_context(|| network.logs())?;
+                }
+            }
+        }
+        self.runtime.block_on(objects.make(""))
     }
 
     /// The share of number `number`.
@@ -146,36 +200,45 @@ impl Marker {
         self.changes += 1;
         let name = format!("marker-{}", self.number);
         let addresses = [Family::V4, Family::V6].map(|family| self.address(family));
-        let service = json!({
-            "kind": "Service",
-            "metadata": {"name": name},
-            "spec": {
-                "clusterIP": addresses[0],
-                "clusterIPs": addresses,
-                "ipFamilyPolicy": "RequireDualStack",
-                "ports": [{"name": "tcp", "port": self.port()}],
-            },
-        });
-        let mut manifests = service.to_string();
+        let mut manifests = vec![service(&name, [&addresses[0], &addresses[1]], self.port())];
         for family in [Family::V4, Family::V6] {
-            let slice = json!({
-                "kind": "EndpointSlice",
-                "metadata": {
-                    "name": format!("{name}-{}", family.to_string().to_lowercase()),
-                    "labels": {"kubernetes.io/service-name": name},
-                },
-                "addressType": family.to_string(),
-                "ports": [{"name": "tcp", "port": POD_PORT}],
-                "endpoints": [{"addresses": [self.pod().address(family)]}],
-            });
-            manifests.push_str(&format!("\n---\n{slice}"));
+            let endpoint = json!({"addresses": [self.pod().address(family)]});
+            manifests.push(slice(&name, family, vec![endpoint]));
         }
-        self.objects.make(&manifests).await
+        self.objects.make(&manifests.join("\n---\n")).await
     }
 
     fn is_seen(&self, lab: &Lab, from: Place, family: Family) -> Result<bool> {
-        let to = std::net::SocketAddr::new(self.address(family).parse()?, self.port());
+        let to = SocketAddr::new(self.address(family).parse()?, self.port());
         let outcome = probe_within(lab, from, Transport::Tcp, to, MARKER_PATIENCE)?;
         Ok(matches!(outcome, Outcome::Answered { by, .. } if by == self.pod()))
     }
+}
+
+fn service(name: &str, addresses: [&str; 2], port: u16) -> String {
+    let service = json!({
+        "kind": "Service",
+        "metadata": {"name": name},
+        "spec": {
+            "clusterIP": addresses[0],
+            "clusterIPs": addresses,
+            "ipFamilyPolicy": "RequireDualStack",
+            "ports": [{"name": "tcp", "port": port}],
+        },
+    });
+    service.to_string()
+}
+
+fn slice(service: &str, family: Family, endpoints: Vec<Value>) -> String {
+    let slice = json!({
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{service}-{}", family.to_string().to_lowercase()),
+            "labels": {"kubernetes.io/service-name": service},
+        },
+        "addressType": family.to_string(),
+        "ports": [{"name": "tcp", "port": POD_PORT}],
+        "endpoints": endpoints,
+    });
+    slice.to_string()
 }
