@@ -258,22 +258,27 @@ async fn node_ports_at_loopback_addresses_are_for_the_node_itself() {
 #[tokio::test]
 async fn what_a_node_says_cannot_drive_a_terminal() {
     let (world, _node) = World::explained(shop(), vec![carts()], vec![]).await;
-    let evil = "10.0.0.0/8\x1b[2J\nerror: all is well";
-    let by_pods = v1::NodeSettings { cluster_cidrs: vec![evil.into()], ..settings() };
-    let by_ports = v1::NodeSettings {
-        node_port_addresses: v1::NodePortAddresses::Cidrs.into(),
-        node_port_cidrs: vec![evil.into()],
+    let by_interface = v1::NodeSettings {
+        detect_local_mode: v1::DetectLocalMode::BridgeInterface.into(),
+        pod_interface: "\x1b[2J\nfine".into(),
         ..settings()
     };
-    for (node, field, settings) in [("n8", "cluster_cidrs", by_pods), ("n9", "node_port_cidrs", by_ports)] {
-        let _stream = world.node_with(node, vec![], Some(settings)).await;
-        let line = format!("explain --node {node} --from 10.1.0.9 tcp 10.96.0.42:443");
-        let (_, result) = world.result(&line).await;
-        let said = super::super::message(&result.unwrap_err());
-        let quoted = r#""10.0.0.0/8\u{1b}[2J\nerror: all is well""#;
-        let expected = format!("node {node}: settings.{field}: {quoted} cannot be explained by this release");
-        assert_eq!(said, expected);
-    }
+    let _stream = world.node_with("n8", vec![], Some(by_interface)).await;
+    let (_, result) = world.result("explain --node n8 --from 10.1.0.9 tcp 10.96.0.42:443").await;
+    let said = super::super::message(&result.unwrap_err());
+    let quoted = r#""\u{1b}[2J\nfine""#;
+    assert_eq!(
+        said,
+        format!("node n8: settings.pod_interface: {quoted} cannot be explained by this release")
+    );
+    // What is no network does not come through the server.
+    let by_pods = v1::NodeSettings { cluster_cidrs: vec!["10.0.0.0/8\x1b[2J".into()], ..settings() };
+    let _stream = world.node_with("n9", vec![], Some(by_pods)).await;
+    let it = world.json("--node n9 --from 10.1.0.9 tcp 10.96.0.42:443").await;
+    assert_eq!(
+        (&it["settings"]["known"], &it["settings"]["podNetworks"]),
+        (&false.into(), &serde_json::json!([]))
+    );
 }
 
 #[tokio::test]
