@@ -115,7 +115,7 @@ pub(crate) const PARTS: &[Part] = &[
         name: "differential",
         about: "every scenario with the real kube-proxy, every mode of it",
         in_everything: true,
-        steps: &[Step::Integration("differential")],
+        steps: &[Step::Integration("differential"), Step::Integration("random")],
         needs_root: true,
     },
     Part {
