@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -22,6 +22,10 @@ const MARKER_PATIENCE: Duration = Duration::from_millis(50);
 /// Connections in a row that end in the node's own zone: of three, the odds that they do so by
 /// chance are 1 in 500,000.
 const IN_ZONE: usize = 12;
+/// How long a kube-proxy may take to learn the zone of its node, which takes it a second.
+const ZONE_PATIENCE: Duration = Duration::from_secs(10);
+/// How often one that does not is started again.
+const ZONE_RESTARTS: u8 = 3;
 
 /// Networks of the same shape, one per mode. Fields end in order: who asks before who answers.
 #[derive(Debug)]
@@ -37,7 +41,7 @@ pub struct KubeProxyCluster {
 struct ProxyNetwork {
     mode: Mode,
     proxies: Vec<Process>,
-    _relay: Relay,
+    relay: Relay,
     _pods: Vec<Process>,
     lab: Lab,
 }
@@ -73,15 +77,16 @@ impl KubeProxyCluster {
         runtime.block_on(objects.make(&format!("{}---\n{always}", node_manifest(nodes))))?;
         let networks = Mode::ALL.map(|mode| ProxyNetwork::start(mode, Lab::new(nodes, pods)?, &server));
         let networks = networks.into_iter().collect::<Result<_>>()?;
-        let this = Self { networks, _always: objects, server, runtime };
+        let mut this = Self { networks, _always: objects, server, runtime };
         this.wait_for_zones(nodes)?;
         Ok(this)
     }
 
     /// Waits until every kube-proxy knows the zone of its node, which comes by a watch that no
     /// marker is in: a Service whose endpoints are meant for their own zones is answered by the
-    /// node's own pod alone.
-    fn wait_for_zones(&self, nodes: u8) -> Result<()> {
+    /// node's own pod alone. Now and then one never learns it, having read its Node too early; that
+    /// one is started again.
+    fn wait_for_zones(&mut self, nodes: u8) -> Result<()> {
         let addresses = ["10.96.254.1", "fd00:96::fe01"];
         let mut manifests = vec![service("zones", addresses, 80)];
         for family in [Family::V4, Family::V6] {
@@ -96,30 +101,15 @@ impl KubeProxyCluster {
         }
         let mut objects = Objects::new(self.runtime.block_on(self.server.cluster())?);
         self.runtime.block_on(objects.make(&manifests.join("\n---\n")))?;
-        for network in &self.networks {
+        for network in &mut self.networks {
             for node in 1..=nodes {
-                for address in addresses {
-                    let to = SocketAddr::new(address.parse()?, 80);
-                    let own = || -> Result<bool> {
-                        let outcome = probe_within(
-                            &network.lab,
-                            Place::Node(node),
-                            Transport::Tcp,
-                            to,
-                            MARKER_PATIENCE,
-                        )?;
-                        Ok(matches!(outcome, Outcome::Answered { by, .. } if by == Place::Pod(node, 1)))
-                    };
-                    wait_until("kube-proxy knows the zone of its node", PATIENCE, || {
-                        for _ in 0..IN_ZONE {
-                            if !own()? {
-                                return Ok(None);
-                            }
-                        }
-                        Ok(Some(()))
-                    })
-                    .with_context(|| format!("{}, node{node}, {address}", network.mode.name()))
-                    .with_context(|| network.logs())?;
+                let mut restarts = 0;
+                while let Err(error) =
+                    addresses.iter().try_for_each(|address| network.knows_zone(node, address))
+                {
+                    ensure!(restarts < ZONE_RESTARTS, "{error:#}\n{}", network.logs());
+                    restarts += 1;
+                    network.restart(node)?;
                 }
             }
         }
@@ -172,7 +162,32 @@ impl ProxyNetwork {
         let relay = Relay::open(&lab, server)?;
         let start = |node| kube_proxy::start_prompt(&lab, node, mode, relay.kubeconfig());
         let proxies = (1..=lab.nodes()).map(start).collect::<Result<_>>()?;
-        Ok(Self { mode, proxies, _relay: relay, _pods: pods, lab })
+        Ok(Self { mode, proxies, relay, _pods: pods, lab })
+    }
+
+    /// Waits until a node's own pod alone answers at an address that all zones have.
+    fn knows_zone(&self, node: u8, address: &str) -> Result<()> {
+        let to = SocketAddr::new(address.parse()?, 80);
+        let own = || -> Result<bool> {
+            let outcome = probe_within(&self.lab, Place::Node(node), Transport::Tcp, to, MARKER_PATIENCE)?;
+            Ok(matches!(outcome, Outcome::Answered { by, .. } if by == Place::Pod(node, 1)))
+        };
+        wait_until("kube-proxy knows the zone of its node", ZONE_PATIENCE, || {
+            for _ in 0..IN_ZONE {
+                if !own()? {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })
+        .with_context(|| format!("{}, node{node}, {address}", self.mode.name()))
+    }
+
+    fn restart(&mut self, node: u8) -> Result<()> {
+        let proxy = &mut self.proxies[usize::from(node) - 1];
+        proxy.kill()?;
+        *proxy = kube_proxy::start_prompt(&self.lab, node, self.mode, self.relay.kubeconfig())?;
+        Ok(())
     }
 
     fn logs(&self) -> String {
