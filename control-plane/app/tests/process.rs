@@ -42,6 +42,16 @@ fn directory() -> String {
     format!("files:{}/tests", env!("CARGO_MANIFEST_DIR"))
 }
 
+/// Reads a JSON log up to the first line with this text, which is returned.
+fn log_until(log: &mut impl BufRead, what: &str) -> serde_json::Value {
+    let mut line = String::new();
+    while !line.contains(what) {
+        line.clear();
+        assert!(log.read_line(&mut line).expect("its log") > 0, "it ended before: {what}");
+    }
+    serde_json::from_str(&line).expect("a line of JSON")
+}
+
 #[test]
 fn a_wrong_command_line_is_exit_code_2() {
     let (code, error) = run(&["--source", &directory(), "--listen", "127.0.0.1:0"]);
@@ -132,11 +142,7 @@ fn sigterm_is_a_clean_end_and_logs_are_json_where_asked_for() {
     let first: serde_json::Value = serde_json::from_str(&first).unwrap();
     assert_eq!(first["message"], "started");
     assert_eq!(first["source"], source.as_str());
-    let mut line = String::new();
-    while !line.contains("\"serving\"") {
-        line.clear();
-        assert!(log.read_line(&mut line).unwrap() > 0, "it ended before it served");
-    }
+    log_until(&mut log, "\"serving\"");
     process.terminate();
     let mut rest = String::new();
     log.read_to_string(&mut rest).unwrap();
@@ -152,14 +158,7 @@ fn without_file_descriptors_it_waits_says_so_once_and_goes_on() {
     shell.args(["--listen", "127.0.0.1:0", "--insecure", "--log-format", "json"]).env_remove("LOCKSTEP_LOG");
     let mut process = Running(shell.stderr(Stdio::piped()).spawn().unwrap());
     let mut log = BufReader::new(process.0.stderr.take().unwrap());
-    let mut until = |what: &str| {
-        let mut line = String::new();
-        while !line.contains(what) {
-            line.clear();
-            assert!(log.read_line(&mut line).unwrap() > 0, "it ended before: {what}");
-        }
-        serde_json::from_str::<serde_json::Value>(&line).unwrap()
-    };
+    let mut until = |what: &str| log_until(&mut log, what);
     assert_eq!(until("few open files")["maximum"], 48);
     let address = until("\"started\"")["listen"].as_str().unwrap().to_owned();
     let crowd: Vec<TcpStream> = (0..64).map(|_| TcpStream::connect(&address).unwrap()).collect();
@@ -183,14 +182,7 @@ fn explain_asks_a_control_plane_and_no_node_is_needed() {
     let mut process =
         Running(control_plane(&[&["--source", manifests], &listen[..]].concat()).spawn().unwrap());
     let mut log = BufReader::new(process.0.stderr.take().unwrap());
-    let mut until = |what: &str| {
-        let mut line = String::new();
-        while !line.contains(what) {
-            line.clear();
-            assert!(log.read_line(&mut line).unwrap() > 0, "it ended before: {what}");
-        }
-        serde_json::from_str::<serde_json::Value>(&line).unwrap()
-    };
+    let mut until = |what: &str| log_until(&mut log, what);
     let server = format!("http://{}", until("\"started\"")["listen"].as_str().unwrap());
     until("\"serving\"");
     let explain = |binary: &str, node: &str, from: &str, to: &str| {

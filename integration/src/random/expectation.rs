@@ -122,13 +122,14 @@ impl Plans {
     /// From what a node decides to what is seen from outside. `detour`: the packet came to it by
     /// another node.
     fn translate(&self, from: Place, node: u8, trace: &Trace<'_>, detour: bool) -> Result<Expected> {
-        let Some(matched) = &trace.matched else {
-            return Ok(match trace.verdict {
-                Verdict::OtherPort => Expected::OtherPort,
-                Verdict::Unallocated => Expected::Unallocated,
-                _ => Expected::LeftAlone,
-            });
+        let decided = match trace.verdict {
+            Verdict::LeftAlone => return Ok(Expected::LeftAlone),
+            Verdict::OtherPort => return Ok(Expected::OtherPort),
+            Verdict::Unallocated => return Ok(Expected::Unallocated),
+            Verdict::SourceRefused => Action::Drop,
+            Verdict::Decided(action) => action,
         };
+        let matched = trace.matched.as_ref().context("decided by no frontend")?;
         let circumstances = Circumstances {
             from_node: from == Place::Node(node),
             external_address: matches!(
@@ -137,11 +138,10 @@ impl Plans {
             ),
             no_endpoints: matched.frontend.action(trace.source) == Action::Reject,
         };
-        match trace.verdict {
-            Verdict::LeftAlone | Verdict::OtherPort | Verdict::Unallocated => Ok(Expected::LeftAlone),
-            Verdict::SourceRefused | Verdict::Decided(Action::Drop) => Ok(Expected::Dropped(circumstances)),
-            Verdict::Decided(Action::Reject) => Ok(Expected::Refused(circumstances)),
-            Verdict::Decided(Action::Forward { .. }) => {
+        match decided {
+            Action::Drop => Ok(Expected::Dropped(circumstances)),
+            Action::Reject => Ok(Expected::Refused(circumstances)),
+            Action::Forward { .. } => {
                 ensure!(!trace.answers.is_empty(), "{} forwards to nobody", matched.key());
                 let mut by = BTreeMap::new();
                 for answer in &trace.answers {
