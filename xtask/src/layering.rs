@@ -6,8 +6,18 @@ use crate::process::{Failure, cargo, output};
 const FORBIDDEN: &[(&str, &str)] = &[
     ("lockstep-view", "lockstep-kernel"),
     ("lockstep-view", "lockstep-wire"),
+    ("lockstep-view", "lockstep-xtables"),
+    ("lockstep-kernel", "lockstep-xtables"),
+    ("lockstep-xtables", "lockstep-backend-nftables"),
+    ("lockstep-xtables", "lockstep-backend-iptables"),
+    ("lockstep-xtables", "lockstep-backend-ipvs"),
+    ("lockstep-backend-nftables", "lockstep-xtables"),
     ("lockstep-backend-nftables", "lockstep-backend-iptables"),
+    ("lockstep-backend-nftables", "lockstep-backend-ipvs"),
     ("lockstep-backend-iptables", "lockstep-backend-nftables"),
+    ("lockstep-backend-iptables", "lockstep-backend-ipvs"),
+    ("lockstep-backend-ipvs", "lockstep-backend-nftables"),
+    ("lockstep-backend-ipvs", "lockstep-backend-iptables"),
     ("lockstep-store", "lockstep-wire"),
     ("lockstep-store", "tokio"),
     ("lockstep-server", "kube"),
@@ -99,5 +109,6 @@ mod tests {
     #[test]
     fn an_allowed_arrow_is_allowed() {
         assert!(faults("lockstep-server", &["lockstep-wire", "lockstep-store"]).is_empty());
+        assert!(faults("lockstep-backend-ipvs", &["lockstep-xtables", "lockstep-kernel"]).is_empty());
     }
 }

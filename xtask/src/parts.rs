@@ -85,9 +85,12 @@ pub(crate) const PARTS: &[Part] = &[
     },
     Part {
         name: "iptables",
-        about: "the iptables backend on this kernel",
+        about: "the iptables tools and backend on this kernel",
         in_everything: true,
-        steps: &[Step::Outside("lockstep-backend-iptables", "node-dataplane/backend-iptables")],
+        steps: &[
+            Step::Outside("lockstep-xtables", "node-dataplane/xtables"),
+            Step::Outside("lockstep-backend-iptables", "node-dataplane/backend-iptables"),
+        ],
         needs_root: true,
     },
     Part {

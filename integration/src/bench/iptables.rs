@@ -4,10 +4,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lockstep_backend_iptables::{Flavour, Iptables};
+use lockstep_backend_iptables::Iptables;
 use lockstep_kernel::exec::{ExecError, Output, Processes, Run};
 use lockstep_kernel::netns;
 use lockstep_view::Backend;
+use lockstep_xtables::Flavour;
 
 use super::cluster::{Replaced, Upstream};
 use super::node::{session, view};

@@ -6,11 +6,11 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lockstep_backend_iptables::Flavour;
 use lockstep_integration::bench::memory::Stages;
 use lockstep_integration::bench::node::Times;
 use lockstep_integration::bench::report::{Report, text};
 use lockstep_integration::bench::{brain, drift, iptables, kube_proxy, median, memory, node, ratio};
+use lockstep_xtables::Flavour;
 
 const USAGE: &str = "usage: lockstep-bench [PART...]   (all where none is named; needs root)
 parts: node, iptables, control-plane, memory, drift

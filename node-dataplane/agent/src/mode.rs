@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use lockstep_backend_iptables::{Choice, Flavour, Iptables, detect, probe};
+use lockstep_backend_iptables::{Iptables, detect, probe};
 use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::exec::{Processes, Run};
 use lockstep_kernel::nf_tables::{self, Kernel};
@@ -13,6 +13,7 @@ use lockstep_kernel::{Errno, netlink};
 use lockstep_model::NodeContext;
 use lockstep_view::backend::Description;
 use lockstep_view::{Backend, ViewConfig};
+use lockstep_xtables::{Choice, Flavour};
 
 use crate::config::{Config, IptablesFlavour, Mode};
 

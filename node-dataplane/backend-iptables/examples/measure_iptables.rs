@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use lockstep_backend_iptables::{Flavour, Iptables};
+use lockstep_backend_iptables::Iptables;
 use lockstep_kernel::exec::{ExecError, Output, Processes, Run};
 use lockstep_kernel::netns;
 use lockstep_model::{Family, Port, Protocol, ServiceKey};
@@ -19,6 +19,7 @@ use lockstep_view::{
     Action, ForwardingPlan, Frontend, NodePlan, NodePortScope, PodSources, Pool, PortPlan, ServicePlan,
     Surface, Target,
 };
+use lockstep_xtables::Flavour;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 

@@ -11,17 +11,15 @@ use lockstep_view::backend::{
     Applied, Audit, Backend, BackendError, Description, Drift, FailureKind, ServiceFailure,
 };
 use lockstep_view::{Action, ForwardingPlan, NodePortAddresses, ServicePlan, Surface};
+use lockstep_xtables::{Flavour, Snapshot, Table, Tool, ToolError, Watch, remove_from};
 
 use crate::check;
 use crate::choose;
-use crate::cleanup::cleanup;
 use crate::family::FamilyState;
+use crate::fixed;
 use crate::localnet::RouteLocalnet;
-use crate::names::{ChainName, Shared, Table};
-use crate::observe::Snapshot;
+use crate::names::{self, ChainName, Shared};
 use crate::read_back::read_back;
-use crate::tool::{Flavour, Tool, ToolError};
-use crate::watch::Watch;
 
 /// kube-proxy's chains, written through `iptables-restore`.
 pub struct Iptables {
@@ -70,7 +68,8 @@ impl Iptables {
                 (Err(error), Family::V6) => tracing::warn!(%error, "IPv4 only: ip6tables does not work"),
             }
         }
-        let (watch, localnet) = (Watch::new(flavour), RouteLocalnet::new(sysctls));
+        let watch = Watch::new(flavour, &names::TABLES, concerns_us);
+        let localnet = RouteLocalnet::new(sysctls);
         let (unaudited, credit, cost) = (Vec::new(), Duration::ZERO, Duration::ZERO);
         Ok(Self { flavour, version, families, watch, localnet, unaudited, credit, cost })
     }
@@ -169,6 +168,12 @@ impl Iptables {
     }
 }
 
+/// True for the chains that we write to: also kubelet's, whose guard is ours too, and the built-in ones
+/// that lead to ours.
+fn concerns_us(_: Table, chain: &str) -> bool {
+    chain.starts_with("KUBE-") || fixed::jumps().iter().any(|jumps| jumps.chain == chain)
+}
+
 /// True where a node port of the Service leads somewhere in IPv4.
 fn forwards_node_ports(service: &ServicePlan) -> bool {
     let ports = service.ports.iter().filter(|port| port.family == Family::V4);
@@ -224,7 +229,7 @@ impl Backend for Iptables {
             .iter()
             .filter(|state| {
                 let chains = state.touched.iter().flat_map(|touched| &touched.gone);
-                self.watch.lacks(state.tool.family, chains.map(ChainName::as_str))
+                self.watch.lacks(state.tool.family, Table::Nat, chains.map(ChainName::as_str))
             })
             .map(|state| state.tool.family)
             .collect();
@@ -284,7 +289,7 @@ impl Backend for Iptables {
         for (family, result) in self.each(|state| {
             state.terms = None;
             state.in_force.clear();
-            cleanup(&state.tool)
+            remove_from(&state.tool, &names::is_ours)
         }) {
             objects += result.map_err(|error| self.failed(family, "cleanup", error))?;
         }

@@ -3,14 +3,14 @@
 
 use lockstep_model::{Family, ServiceKey};
 use lockstep_view::backend::Drift;
+use lockstep_xtables::{Snapshot, Table, canonical, comment, drift, target};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::diff::Kept;
 use crate::family::{FamilyState, Touched};
 use crate::fixed::{self, Terms};
 use crate::guard;
-use crate::names::{self, ChainName, Shared, Table};
-use crate::observe::{self, Snapshot};
+use crate::names::{self, ChainName, Shared};
 
 /// Compares everything, or, where `only` is given, what was touched and what all Services need.
 /// `shared`: the shared chains that the snapshot has.
@@ -44,12 +44,7 @@ struct Check<'a> {
 
 impl Check<'_> {
     fn report(&mut self, table: Table, chain: &str, fault: impl Into<String>) {
-        let tool = match self.family {
-            Family::V4 => "iptables",
-            Family::V6 => "ip6tables",
-        };
-        let object = format!("{tool} {} chain {chain}", table.name());
-        self.drift.push(Drift { object, fault: fault.into() });
+        self.drift.push(drift(self.family, table, chain, fault));
     }
 
     fn chain(&mut self, table: Table, chain: &str, body: &str) {
@@ -61,23 +56,10 @@ impl Check<'_> {
     }
 
     fn fixed(&mut self, terms: &Terms) {
-        for (table, chain, body) in fixed::bodies(terms) {
-            self.chain(table, chain, &body);
-        }
+        self.drift.extend(fixed::all(terms).drift(self.family, self.snapshot));
         for shared in self.shared {
             if self.snapshot.body(shared.table(), shared.chain()).is_none() {
                 self.report(shared.table(), shared.chain(), "missing");
-            }
-        }
-        for jumps in fixed::jumps() {
-            let found = self.snapshot.rules(jumps.table, jumps.chain);
-            let ours: Vec<String> = found
-                .into_iter()
-                .filter(|rule| fixed::is_our_jump(jumps.table, rule))
-                .map(observe::canonical)
-                .collect();
-            if ours != jumps.rules {
-                self.report(jumps.table, jumps.chain, "jumps differ");
             }
         }
         if terms.localhost {
@@ -89,7 +71,7 @@ impl Check<'_> {
         let tail = fixed::services_tail(terms);
         let rules = self.snapshot.rules(Table::Nat, Shared::Services.chain());
         let end = rules.len().saturating_sub(tail.len());
-        if !rules[end..].iter().map(|rule| observe::canonical(rule)).eq(tail) {
+        if !rules[end..].iter().map(|rule| canonical(rule)).eq(tail) {
             self.report(Table::Nat, Shared::Services.chain(), "does not end in the jump to the node ports");
         }
     }
@@ -97,16 +79,16 @@ impl Check<'_> {
     /// Others may have rules in these chains; those before the guard's own must let nothing by.
     fn guard(&mut self) {
         for chain in guard::ENTRANCES {
-            let mut found = self.snapshot.rules(Table::Filter, chain).into_iter().map(observe::canonical);
+            let mut found = self.snapshot.rules(Table::Filter, chain).into_iter().map(canonical);
             if !found.any(|rule| rule == guard::JUMP) {
                 self.report(Table::Filter, chain, format!("lacks {}", guard::JUMP));
             }
         }
         for rule in self.snapshot.rules(Table::Filter, guard::CHAIN) {
-            if observe::canonical(rule) == guard::RULE {
+            if canonical(rule) == guard::RULE {
                 return;
             }
-            if observe::target(rule).is_some_and(|target| !guard::KEEPING.contains(&target)) {
+            if target(rule).is_some_and(|target| !guard::KEEPING.contains(&target)) {
                 return self.report(Table::Filter, guard::CHAIN, format!("lets packets by: {rule}"));
             }
         }
@@ -135,10 +117,10 @@ impl Check<'_> {
         for &shared in self.shared {
             let mut surplus = 0;
             for rule in self.snapshot.rules(shared.table(), shared.chain()) {
-                let named = observe::comment(rule).and_then(|text| text.split([':', ' ']).next());
+                let named = comment(rule).and_then(|text| text.split([':', ' ']).next());
                 // Our lines begin with the name of their Service: no other line needs a look.
                 let Some(name) = named.filter(|name| names.contains(*name)) else { continue };
-                let found = lines.remove(&(shared, observe::canonical(rule)));
+                let found = lines.remove(&(shared, canonical(rule)));
                 surplus += usize::from(!found && !left_out.contains(name));
             }
             let missing = lines.iter().filter(|(chain, _)| *chain == shared).count();
@@ -184,9 +166,8 @@ impl Check<'_> {
         for shared in Shared::ALL {
             let mut surplus = 0;
             for rule in self.snapshot.rules(shared.table(), shared.chain()) {
-                let tail =
-                    shared == Shared::Services && observe::target(rule) == Some(Shared::NodePorts.chain());
-                match lines.get_mut(&(shared, observe::canonical(rule))) {
+                let tail = shared == Shared::Services && target(rule) == Some(Shared::NodePorts.chain());
+                match lines.get_mut(&(shared, canonical(rule))) {
                     Some(left) if *left > 0 => *left -= 1,
                     _ => surplus += usize::from(!tail && !kept.lines.contains(rule)),
                 }

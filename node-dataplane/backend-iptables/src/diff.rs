@@ -7,13 +7,13 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use lockstep_model::ServiceKey;
+use lockstep_xtables::{Snapshot, Table, canonical, comment, target};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::fixed::{self, Terms};
 use crate::guard;
 use crate::input::{Change, Op, Owner};
-use crate::names::{self, ChainName, Shared, Table};
-use crate::observe::{self, Snapshot};
+use crate::names::{self, ChainName, Shared};
 use crate::render::{Block, ServiceRules};
 
 /// What one Service's rules need to become others.
@@ -94,17 +94,17 @@ impl<'a> Kept<'a> {
         let mut reached = Vec::new();
         for shared in Shared::ALL {
             for rule in snapshot.rules(shared.table(), shared.chain()) {
-                let named = observe::comment(rule).and_then(|text| text.split([':', ' ']).next());
+                let named = comment(rule).and_then(|text| text.split([':', ' ']).next());
                 if named.is_some_and(|name| services.contains(name)) {
                     kept.lines.insert(rule);
-                    reached.extend(observe::target(rule));
+                    reached.extend(target(rule));
                 }
             }
         }
         while let Some(chain) = reached.pop() {
             if names::is_service_chain(Table::Nat, chain) && kept.chains.insert(chain) {
                 let rules = snapshot.rules(Table::Nat, chain);
-                reached.extend(rules.into_iter().filter_map(observe::target));
+                reached.extend(rules.into_iter().filter_map(target));
             }
         }
         kept
@@ -119,7 +119,7 @@ impl<'a> KernelDiff<'a> {
                 let printed = snapshot.rules(shared.table(), shared.chain());
                 let mut at: FxHashMap<String, Vec<usize>> = FxHashMap::default();
                 for (index, rule) in printed.iter().enumerate() {
-                    at.entry(observe::canonical(rule)).or_default().push(index);
+                    at.entry(canonical(rule)).or_default().push(index);
                 }
                 (shared, Lines { printed, at })
             })
@@ -154,38 +154,19 @@ impl<'a> KernelDiff<'a> {
 
     /// Fixed chains, jumps and the end of KUBE-SERVICES.
     pub(crate) fn everybody(&self) -> Change<'a> {
-        let mut ops = Vec::new();
-        for (table, chain, body) in fixed::bodies(self.terms) {
-            if !self.snapshot.has(table, chain, &body) {
-                ops.push(Op::Write { table, chain, body: Cow::Owned(body) });
-            }
-        }
+        let fixed = fixed::all(self.terms).missing(self.snapshot);
+        let mut ops: Vec<Op<'a>> = fixed.into_iter().map(Op::from).collect();
         for shared in Shared::ALL {
             let (table, chain) = (shared.table(), shared.chain());
             if self.flushed.contains(&shared) || self.snapshot.body(table, chain).is_none() {
                 ops.push(Op::Write { table, chain, body: Cow::Borrowed("") });
             }
         }
-        for jumps in fixed::jumps() {
-            self.jumps(jumps, &mut ops);
-        }
         if self.terms.localhost {
             ops.extend(guard::missing(self.snapshot));
         }
         self.tail(&mut ops);
         Change { owner: Owner::Everybody, ops }
-    }
-
-    fn jumps(&self, jumps: fixed::Jumps, ops: &mut Vec<Op<'a>>) {
-        let rules = self.snapshot.rules(jumps.table, jumps.chain);
-        let found: Vec<&str> =
-            rules.into_iter().filter(|rule| fixed::is_our_jump(jumps.table, rule)).collect();
-        if found.iter().map(|rule| observe::canonical(rule)).eq(jumps.rules.iter().cloned()) {
-            return;
-        }
-        let fixed::Jumps { table, chain, rules } = jumps;
-        ops.extend(found.into_iter().map(|rule| Op::Remove { table, chain, rule }));
-        ops.push(Op::Prepend { table, chain, rules });
     }
 
     fn tail(&self, ops: &mut Vec<Op<'a>>) {
@@ -196,10 +177,10 @@ impl<'a> KernelDiff<'a> {
             return;
         }
         let printed = &self.shared[&Shared::Services].printed;
-        let is_tail = |rule: &&str| observe::target(rule) == Some(Shared::NodePorts.chain());
+        let is_tail = |rule: &&str| target(rule) == Some(Shared::NodePorts.chain());
         let found: Vec<&str> = printed.iter().copied().filter(|rule| is_tail(rule)).collect();
         let last = printed.iter().rev().take_while(|rule| is_tail(rule)).count();
-        if last == found.len() && found.iter().map(|rule| observe::canonical(rule)).eq(tail.iter().cloned()) {
+        if last == found.len() && found.iter().map(|rule| canonical(rule)).eq(tail.iter().cloned()) {
             return;
         }
         ops.extend(found.into_iter().map(|rule| remove(Shared::Services, rule)));
@@ -265,8 +246,7 @@ impl<'a> KernelDiff<'a> {
                 continue;
             }
             for (rule, positions) in &found.at {
-                let tail =
-                    *shared == Shared::Services && observe::target(rule) == Some(Shared::NodePorts.chain());
+                let tail = *shared == Shared::Services && target(rule) == Some(Shared::NodePorts.chain());
                 if tail || lines.contains(&(*shared, rule.as_str())) {
                     continue;
                 }

@@ -7,16 +7,15 @@ use std::sync::Arc;
 use lockstep_model::{Feature, ServiceKey};
 use lockstep_view::backend::FailureKind;
 use lockstep_view::{ForwardingPlan, NodePlan, ServicePlan};
+use lockstep_xtables::{Flavour, Snapshot, Table, Tool, ToolError};
 use rustc_hash::FxHashMap;
 
 use crate::diff::{self, Kept, KernelDiff, Wanted};
 use crate::fixed::{self, Terms};
 use crate::guard;
-use crate::input::{Change, Input, Op, Owner};
-use crate::names::{ChainName, Shared, Table};
-use crate::observe::Snapshot;
+use crate::input::{self, Change, Input, Op, Owner};
+use crate::names::{ChainName, Shared};
 use crate::render::ServiceRules;
-use crate::tool::{Flavour, Tool, ToolError};
 
 /// What the tool and the kernel can do for one family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -306,7 +305,7 @@ impl FamilyState {
                 unguarded = guard::unguarded(&snapshot);
                 self.look_ahead_of_guard(&snapshot);
             }
-            let standing = snapshot.services();
+            let standing = input::standing(&snapshot);
             let changes = self.against_kernel(pass, &snapshot, &owners);
             let input = Input::new(self.tool.flavour, standing, &changes);
             if input.objects == 0 {

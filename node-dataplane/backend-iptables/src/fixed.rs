@@ -4,10 +4,11 @@
 use std::net::IpAddr;
 
 use lockstep_model::Family;
-use lockstep_view::{NodePlan, NodePortScope, PodSources};
+use lockstep_view::{NodePlan, NodePortScope};
+use lockstep_xtables::{FixedChains, Jumps, PodMatch, Table, host};
 
 use crate::guard;
-use crate::names::{self, Shared, Table};
+use crate::names::{self, Shared};
 
 /// What differs between hosts in the rules of one family.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,38 +26,6 @@ pub(crate) struct Terms {
     pub(crate) liberal: bool,
 }
 
-/// What a rule can ask a packet for, to know that it is a pod's.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum PodMatch {
-    /// A range of source addresses.
-    Source(String),
-    /// The interface it came in by, with `+` behind the beginning of a name.
-    Interface(String),
-}
-
-impl PodMatch {
-    /// What goes before `-p`, in the tools' order, with a match of the destination among it.
-    pub(crate) fn and(&self, destination: &str) -> String {
-        match self {
-            PodMatch::Source(range) => format!("-s {range} {destination}"),
-            PodMatch::Interface(name) => format!("{destination}-i {name} "),
-        }
-    }
-
-    /// The same for everybody else.
-    pub(crate) fn not(&self, destination: &str) -> String {
-        match self {
-            PodMatch::Source(range) => format!("! -s {range} {destination}"),
-            PodMatch::Interface(name) => format!("{destination}! -i {name} "),
-        }
-    }
-
-    /// True where every packet has it.
-    pub(crate) fn is_everybody(&self) -> bool {
-        matches!(self, PodMatch::Source(range) if range.ends_with("/0"))
-    }
-}
-
 /// [`NodePortScope`] of one family.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Scope {
@@ -66,16 +35,7 @@ pub(crate) enum Scope {
 
 impl Terms {
     pub(crate) fn new(family: Family, node: &NodePlan, random_fully: bool, liberal: bool) -> Self {
-        let pods = match &node.pods {
-            Some(PodSources::Cidrs(cidrs)) => cidrs
-                .iter()
-                .filter(|cidr| Family::of(cidr.addr()) == family)
-                .map(|cidr| PodMatch::Source(cidr.trunc().to_string()))
-                .collect(),
-            Some(PodSources::Interface(name)) => vec![PodMatch::Interface(name.to_string())],
-            Some(PodSources::InterfacePrefix(prefix)) => vec![PodMatch::Interface(format!("{prefix}+"))],
-            None => Vec::new(),
-        };
+        let pods = PodMatch::all(family, node.pods.as_ref());
         let localhost = node.has_localhost_node_ports(family);
         let scope = match node.node_ports(family) {
             NodePortScope::AllLocal => Scope::AllLocal,
@@ -117,25 +77,10 @@ impl Terms {
     }
 }
 
-/// An address as the tools write a host: `10.0.0.1/32`.
-pub(crate) fn host(ip: IpAddr) -> String {
-    match ip {
-        IpAddr::V4(_) => format!("{ip}/32"),
-        IpAddr::V6(_) => format!("{ip}/128"),
-    }
-}
-
 const NEW: &str = "-m conntrack --ctstate NEW ";
 
-/// Jumps from one built-in chain, in order. kube-proxy does not hook its external refusals into
-/// OUTPUT, so there the node's own connections to a refused address leave the node; the plan
-/// says that they are refused.
-pub(crate) struct Jumps {
-    pub(crate) table: Table,
-    pub(crate) chain: &'static str,
-    pub(crate) rules: Vec<String>,
-}
-
+/// What leads to our chains. kube-proxy does not hook its external refusals into OUTPUT, so there the
+/// node's own connections to a refused address leave the node; the plan says that they are refused.
 pub(crate) fn jumps() -> Vec<Jumps> {
     let jump =
         |state: &str, comment: &str, to: &str| format!("{state}-m comment --comment \"{comment}\" -j {to}");
@@ -160,25 +105,18 @@ pub(crate) fn jumps() -> Vec<Jumps> {
 
 /// The chains that are the same whatever Services there are, and those that lead to ours.
 pub(crate) fn chains(terms: &Terms) -> Vec<(Table, &'static str)> {
-    let fixed = bodies(terms).into_iter().map(|(table, chain, _)| (table, chain));
     let guard = terms.localhost.then_some((Table::Filter, guard::CHAIN));
-    fixed.chain(guard).chain(jumps().into_iter().map(|jumps| (jumps.table, jumps.chain))).collect()
+    let mut chains = all(terms).places();
+    chains.extend(guard);
+    chains
 }
 
-/// True for a rule of a built-in chain that leads into a fixed chain of ours.
-pub(crate) fn is_our_jump(table: Table, rule: &str) -> bool {
-    rule.rsplit_once("-j ").is_some_and(|(_, target)| names::is_fixed_chain(table, target.trim_end()))
-}
-
-/// A fixed chain that no Service has lines in: name and its rules, with `-A NAME` before each.
-pub(crate) fn bodies(terms: &Terms) -> Vec<(Table, &'static str, String)> {
+/// The chains that no Service has lines in, and what leads to these and to the others.
+pub(crate) fn all(terms: &Terms) -> FixedChains {
     const FORWARDING: &str = "-m comment --comment \"kubernetes forwarding rules\" ";
     const TRACKED: &str = "-m comment --comment \"kubernetes forwarding conntrack rule\" ";
     const SNAT: &str = "-m comment --comment \"kubernetes service traffic requiring SNAT\" ";
     let mark = format!("{:#x}", terms.mark);
-    let body = |chain: &str, rules: &[String]| -> String {
-        rules.iter().map(|rule| format!("-A {chain} {rule}\n")).collect()
-    };
     let mut forward = vec![
         format!("{FORWARDING}-m mark --mark {mark}/{mark} -j ACCEPT"),
         format!("{TRACKED}-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
@@ -187,18 +125,20 @@ pub(crate) fn bodies(terms: &Terms) -> Vec<(Table, &'static str, String)> {
         forward.insert(0, "-m conntrack --ctstate INVALID -j DROP".to_owned());
     }
     let random = if terms.random_fully { " --random-fully" } else { "" };
-    let postrouting = [
+    let postrouting = vec![
         format!("-m mark ! --mark {mark}/{mark} -j RETURN"),
         // Cleared first, so that an encapsulated packet that passes here again is not changed twice.
         format!("-j MARK --set-xmark {mark}/0x0"),
         format!("{SNAT}-j MASQUERADE{random}"),
     ];
-    let masquerade = [format!("-j MARK --set-xmark {mark}/{mark}")];
-    vec![
-        (Table::Filter, names::FORWARD, body(names::FORWARD, &forward)),
-        (Table::Nat, names::MARK_MASQ, body(names::MARK_MASQ, &masquerade)),
-        (Table::Nat, names::POSTROUTING, body(names::POSTROUTING, &postrouting)),
-    ]
+    let masquerade = vec![format!("-j MARK --set-xmark {mark}/{mark}")];
+    let chains = vec![
+        (Table::Filter, names::FORWARD, forward),
+        (Table::Nat, names::MARK_MASQ, masquerade),
+        (Table::Nat, names::POSTROUTING, postrouting),
+    ];
+    let others = Shared::ALL.map(|shared| (shared.table(), shared.chain()));
+    FixedChains { chains, others: others.into(), jumps: jumps() }
 }
 
 /// The last lines of nat KUBE-SERVICES.
@@ -210,10 +150,4 @@ pub(crate) fn services_tail(terms: &Terms) -> Vec<String> {
         .into_iter()
         .map(|(before, after)| format!("{before}{COMMENT} {after}-j {chain}"))
         .collect()
-}
-
-/// Appends one line, which is these parts.
-pub(crate) fn line(text: &mut String, parts: &[&str]) {
-    parts.iter().for_each(|part| text.push_str(part));
-    text.push('\n');
 }

@@ -14,9 +14,9 @@
 //! wherever it stands, as for kubelet: others order that chain for reasons of their own, and two
 //! that both want to be first would never end. It is said once what stands before it.
 
+use lockstep_xtables::{Snapshot, Table, canonical, target};
+
 use crate::input::Op;
-use crate::names::Table;
-use crate::observe::{self, Snapshot};
 
 pub(crate) const CHAIN: &str = "KUBE-FIREWALL";
 /// As the tools print it.
@@ -43,13 +43,13 @@ fn needed(chain: &str) -> &'static str {
 
 /// Where the rule of the guard stands in a chain.
 fn positions(rules: &[&str], chain: &str) -> Vec<usize> {
-    let ours = rules.iter().enumerate().filter(|(_, rule)| observe::canonical(rule) == needed(chain));
+    let ours = rules.iter().enumerate().filter(|(_, rule)| canonical(rule) == needed(chain));
     ours.map(|(at, _)| at).collect()
 }
 
 /// The chains in which its rule is missing, or guards nothing where it stands.
 pub(crate) fn unguarded(snapshot: &Snapshot<'_>) -> Vec<&'static str> {
-    let lets_by = |rule: &&str| observe::target(rule).is_some_and(|to| !KEEPING.contains(&to));
+    let lets_by = |rule: &&str| target(rule).is_some_and(|to| !KEEPING.contains(&to));
     let lacks = |(table, chain): &(Table, &str)| {
         let rules = snapshot.rules(*table, chain);
         let end = rules.iter().position(lets_by).filter(|_| *chain == CHAIN);
@@ -88,7 +88,7 @@ pub(crate) fn ahead<'a>(snapshot: &Snapshot<'a>) -> Option<&'a str> {
     let chain = ENTRANCES[0];
     let rules = snapshot.rules(Table::Filter, chain);
     let jump = *positions(&rules, chain).first()?;
-    let accepts = |rule: &&str| observe::target(rule) == Some("ACCEPT") && !is_harmless(rule);
+    let accepts = |rule: &&str| target(rule) == Some("ACCEPT") && !is_harmless(rule);
     rules[..jump].iter().copied().find(accepts)
 }
 
@@ -103,9 +103,10 @@ fn is_harmless(rule: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_xtables::Flavour;
+
     use super::*;
     use crate::input::{Change, Input, Owner};
-    use crate::tool::Flavour;
 
     fn whole() -> String {
         format!(

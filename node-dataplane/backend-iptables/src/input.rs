@@ -20,11 +20,10 @@ use std::borrow::Cow;
 use std::cmp::Reverse;
 
 use lockstep_model::ServiceKey;
+use lockstep_xtables::{Flavour, Snapshot, Step as FixedStep, Table, line, section};
 use rustc_hash::FxHashSet;
 
-use crate::fixed::line;
-use crate::names::{self, Shared, Table};
-use crate::tool::Flavour;
+use crate::names::{self, Shared};
 
 /// Who a change is for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -78,15 +77,6 @@ pub(crate) struct Input {
 /// An op and the change it is of.
 type Step<'a> = (usize, &'a Op<'a>);
 
-/// Chains in a section of the nft flavour, where nothing stands yet. Of 100, 250 and 1,000 the
-/// one that took the least time for 60,000 chains: more make the list long, fewer make the
-/// commits many.
-const SECTION: usize = 250;
-/// With every commit the kernel walks what stands in the table, about 30 us for each Service,
-/// and the list costs 50 ns for each pair of a section's chains. Their sum is least with this
-/// many chains times the square root of the number of Services.
-const SECTION_AMONG: usize = 25;
-
 impl Input {
     /// `standing`: about how many Services are in the tables already.
     pub(crate) fn new(flavour: Flavour, standing: usize, changes: &[Change<'_>]) -> Self {
@@ -118,7 +108,7 @@ impl Input {
 
     /// nat in as many commits as it takes to keep each small.
     fn sections(&mut self, standing: usize, steps: Vec<Step<'_>>) {
-        let size = SECTION.max(SECTION_AMONG * standing.isqrt());
+        let size = section(standing);
         if steps.iter().filter(|(_, op)| op.declares().is_some()).count() <= size {
             return self.table(Table::Nat, &steps);
         }
@@ -241,6 +231,22 @@ fn inserted<'a>(changes: &'a [Change<'_>]) -> FxHashSet<(&'a str, &'a str)> {
         }
     }
     all
+}
+
+/// About how many Services are in force: lines that lead to them.
+pub(crate) fn standing(snapshot: &Snapshot<'_>) -> usize {
+    snapshot.body(Table::Nat, Shared::Services.chain()).map_or(0, |body| body.lines().count())
+}
+
+impl<'a> From<FixedStep<'a>> for Op<'a> {
+    fn from(step: FixedStep<'a>) -> Self {
+        match step {
+            FixedStep::Write { table, chain, body } => Op::Write { table, chain, body: Cow::Owned(body) },
+            FixedStep::Delete { table, chain } => Op::Delete { table, chain },
+            FixedStep::Remove { table, chain, rule } => Op::Remove { table, chain, rule },
+            FixedStep::Prepend { table, chain, rules } => Op::Prepend { table, chain, rules },
+        }
+    }
 }
 
 impl Op<'_> {

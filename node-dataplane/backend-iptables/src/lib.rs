@@ -8,6 +8,9 @@
 //! iptables-save, or in the nft flavour -S of the touched chains ──check──> Drift
 //! ```
 //!
+//! The tools, what they print, and the chains that are the same whatever Services there are, are
+//! `lockstep_xtables`'s.
+//!
 //! Rules are rendered in the very form in which `iptables-save` prints them, so comparing
 //! is comparing text. A change writes the chains of the Services it touches and single lines of
 //! the shared chains, never a shared chain as a whole.
@@ -39,25 +42,29 @@
 mod backend;
 mod check;
 mod choose;
-mod cleanup;
 mod diff;
-#[cfg(test)]
-mod fake;
 mod family;
 mod fixed;
 mod guard;
 mod input;
 mod localnet;
 mod names;
-mod observe;
 mod read_back;
 mod render;
 #[cfg(test)]
 mod tests;
-mod tool;
-mod watch;
+
+use std::sync::Arc;
+
+use lockstep_kernel::exec::Run;
+use lockstep_xtables::{Flavour, ToolError};
 
 pub use backend::Iptables;
-pub use choose::{Choice, Unusable, detect, probe};
-pub use cleanup::remove;
-pub use tool::{Flavour, ToolError};
+pub use choose::{detect, probe};
+
+/// Removes what is ours in a flavour, which is everything of a kube-proxy too, and nothing else. Tries
+/// nothing out and makes no table: a host that does not use this flavour is left without a trace. Returns
+/// the number of rules and chains that are gone.
+pub fn remove(run: &Arc<dyn Run>, flavour: Flavour) -> Result<usize, ToolError> {
+    lockstep_xtables::remove(run, flavour, &names::is_ours)
+}

@@ -9,25 +9,11 @@ use std::fmt;
 use data_encoding::BASE32;
 use lockstep_model::Protocol;
 use lockstep_view::Target;
+use lockstep_xtables::Table;
 use sha2::{Digest, Sha256};
 
-/// A table that we write to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Table {
-    Filter,
-    Nat,
-}
-
-impl Table {
-    pub(crate) const ALL: [Table; 2] = [Table::Filter, Table::Nat];
-
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Table::Filter => "filter",
-            Table::Nat => "nat",
-        }
-    }
-}
+/// The tables that we write to. Chains of others' are never ours, whatever their names.
+pub(crate) const TABLES: [Table; 2] = [Table::Filter, Table::Nat];
 
 /// The chains that hold lines of many Services.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -152,6 +138,12 @@ pub(crate) fn socket(target: Target) -> String {
     std::net::SocketAddr::new(target.address, target.port.get()).to_string()
 }
 
+/// True for every chain that is ours, also one that a kube-proxy left.
+pub(crate) fn is_ours(table: Table, chain: &str) -> bool {
+    TABLES.contains(&table)
+        && (is_fixed_chain(table, chain) || is_service_chain(table, chain) || chain == CANARY)
+}
+
 /// True for the chains of single Services.
 pub(crate) fn is_service_chain(table: Table, chain: &str) -> bool {
     let is_hash =
@@ -165,6 +157,7 @@ pub(crate) fn is_fixed_chain(table: Table, chain: &str) -> bool {
         || match table {
             Table::Nat => chain == MARK_MASQ || chain == POSTROUTING,
             Table::Filter => chain == FORWARD,
+            Table::Mangle => false,
         }
 }
 
@@ -242,9 +235,13 @@ mod tests {
             (Table::Filter, "KUBE-FORWARD", false, true),
             (Table::Nat, "KUBE-FORWARD", false, false),
             (Table::Nat, "INPUT", false, false),
+            (Table::Mangle, "KUBE-SERVICES", false, false),
+            (Table::Mangle, "KUBE-PROXY-CANARY", false, false),
         ] {
             assert_eq!(is_service_chain(table, chain), service, "{chain}");
             assert_eq!(is_fixed_chain(table, chain), fixed, "{chain}");
+            assert_eq!(is_ours(table, chain), service || fixed, "{chain}");
         }
+        assert!(is_ours(Table::Nat, CANARY));
     }
 }

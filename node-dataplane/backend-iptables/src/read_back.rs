@@ -10,13 +10,12 @@
 //! be understood, everything is read, and that is what is reported.
 
 use lockstep_view::backend::Drift;
+use lockstep_xtables::{Flavour, Snapshot, Table, ToolError};
 
 use crate::check;
 use crate::family::{FamilyState, Touched};
 use crate::fixed;
-use crate::names::{ChainName, Shared, Table};
-use crate::observe::Snapshot;
-use crate::tool::{Flavour, ToolError};
+use crate::names::{ChainName, Shared};
 
 /// With more chains than this, reading everything is not much slower.
 const FEW: usize = 2_000;

@@ -7,8 +7,9 @@ use std::ops::Range;
 
 use lockstep_model::{Family, Port};
 use lockstep_view::{Action, Frontend, Pool, PortPlan, ServicePlan, Surface, Target};
+use lockstep_xtables::{PodMatch, host, line, print_probability};
 
-use crate::fixed::{PodMatch, Terms, host, line};
+use crate::fixed::Terms;
 use crate::names::{self, ChainName, HashText, Shared};
 
 /// Rules of one Service in one family.
@@ -524,10 +525,4 @@ pub(crate) fn probability(n: usize) -> String {
     #[allow(clippy::cast_precision_loss)] // far fewer endpoints than 2^52
     let share = 1.0 / n as f64;
     print_probability(share)
-}
-
-/// Rounds to a multiple of 2^-31, as the kernel does, then to the digits the tools print.
-pub(crate) fn print_probability(share: f64) -> String {
-    let unit = f64::from(1u32 << 31);
-    format!("{:.11}", (share * unit).round() / unit)
 }

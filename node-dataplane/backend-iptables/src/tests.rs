@@ -12,15 +12,15 @@ use lockstep_view::{
     Action, ForwardingPlan, Frontend, HealthCheck, InterfaceName, NodePlan, NodePortScope, PodSources, Pool,
     PortPlan, ServicePlan, Surface, Target,
 };
+use lockstep_xtables::fake::Fake;
+use lockstep_xtables::{Flavour, Snapshot};
 
+use crate::Iptables;
 use crate::diff::{Kept, KernelDiff, Wanted};
-use crate::fake::Fake;
 use crate::fixed::Terms;
 use crate::guard;
 use crate::input::Input;
-use crate::observe::Snapshot;
 use crate::render::ServiceRules;
-use crate::{Flavour, Iptables};
 
 mod localhost;
 

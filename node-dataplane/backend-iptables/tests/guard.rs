@@ -4,9 +4,9 @@
 
 mod support;
 
-use lockstep_backend_iptables::Flavour;
 use lockstep_view::backend::Backend;
 use lockstep_view::{ForwardingPlan, InterfaceName, PodSources};
+use lockstep_xtables::Flavour;
 use support::*;
 
 const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf/all/route_localnet";

@@ -7,11 +7,12 @@ mod support;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lockstep_backend_iptables::{Flavour, detect, probe};
+use lockstep_backend_iptables::{detect, probe};
 use lockstep_kernel::exec::{Processes, Run};
 use lockstep_kernel::netns;
 use lockstep_model::ServiceKey;
 use lockstep_view::backend::Backend;
+use lockstep_xtables::Flavour;
 use support::*;
 
 const FOREIGN: &str = "for t in iptables ip6tables; do

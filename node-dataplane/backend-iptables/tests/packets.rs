@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lockstep_backend_iptables::{Flavour, Iptables};
+use lockstep_backend_iptables::Iptables;
 use lockstep_kernel::exec::Processes;
 use lockstep_kernel::netns;
 use lockstep_model::{Family, Port, Protocol, ServiceKey};
@@ -17,6 +17,7 @@ use lockstep_view::{
     Action, ForwardingPlan, Frontend, InterfaceName, NodePlan, NodePortScope, PodSources, Pool, PortPlan,
     ServicePlan, Surface, Target,
 };
+use lockstep_xtables::Flavour;
 
 const LIMIT: Duration = Duration::from_secs(5);
 /// What is not answered for so long is dropped.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use lockstep_backend_iptables::{Flavour, Iptables};
+use lockstep_backend_iptables::Iptables;
 use lockstep_kernel::exec::{ExecError, Output, Processes, Run};
 use lockstep_kernel::netns;
 use lockstep_model::{Family, Port, Protocol, ServiceKey};
@@ -16,6 +16,7 @@ use lockstep_view::{
     Action, ForwardingPlan, Frontend, NodePlan, NodePortScope, PodSources, Pool, PortPlan, ServicePlan,
     Surface, Target,
 };
+use lockstep_xtables::Flavour;
 
 /// The real programs; remembers what was fed to restore, and how often everything was read.
 #[derive(Default)]

@@ -3,10 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lockstep_kernel::exec::{ExecError, Output, Run};
+
+use crate::observe::target;
+use crate::table::Table;
 
 type Chains = BTreeMap<String, Vec<String>>;
 
@@ -14,7 +17,7 @@ const BUILT_IN: [&str; 5] = ["INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTRO
 
 /// Both families' tables, and what is to go wrong.
 #[derive(Default)]
-pub(crate) struct Fake {
+pub struct Fake {
     state: Mutex<State>,
 }
 
@@ -26,6 +29,7 @@ struct State {
     locked: usize,
     locked_v6: bool,
     without_v6: bool,
+    without_tables: Vec<&'static str>,
     /// A commit is refused, without naming a line, where a rule has this text.
     hated: Option<String>,
     /// How often a tool ran.
@@ -33,32 +37,43 @@ struct State {
 }
 
 impl Fake {
-    pub(crate) fn lock_once(&self) {
+    /// The next restore does not get the lock.
+    pub fn lock_once(&self) {
         self.state().locked = 1;
     }
 
-    pub(crate) fn lock_v6(&self, locked: bool) {
+    /// No restore of IPv6 gets the lock.
+    pub fn lock_v6(&self, locked: bool) {
         self.state().locked_v6 = locked;
     }
 
-    pub(crate) fn take_v6_away(&self) {
+    /// There are no tools for IPv6.
+    pub fn take_v6_away(&self) {
         self.state().without_v6 = true;
     }
 
-    pub(crate) fn refuse(&self, text: Option<&str>) {
+    /// The kernel does not have this table, in neither family.
+    pub fn take_table_away(&self, table: Table) {
+        self.state().without_tables.push(table.name());
+    }
+
+    /// Refuses commits after which a rule has this text, without naming a line; `None` = no longer.
+    pub fn refuse(&self, text: Option<&str>) {
         self.state().hated = text.map(str::to_owned);
     }
 
-    pub(crate) fn runs(&self) -> usize {
+    /// How often a tool ran since the last call.
+    pub fn runs(&self) -> usize {
         std::mem::take(&mut self.state().runs)
     }
 
-    pub(crate) fn restores(&self) -> usize {
+    /// How many of these were restores that write.
+    pub fn restores(&self) -> usize {
         std::mem::take(&mut self.state().restores)
     }
 
     /// All rules of both families, sorted where order means nothing.
-    pub(crate) fn rules(&self) -> String {
+    pub fn rules(&self) -> String {
         let mut text = String::new();
         for ((v6, table), chains) in &self.state().tables {
             for (chain, rules) in chains {
@@ -70,8 +85,8 @@ impl Fake {
         text
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap()
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -96,7 +111,7 @@ impl Run for Fake {
             state.locked = state.locked.saturating_sub(1);
             return Ok(failed(4, "Another app is currently holding the xtables lock".to_owned()));
         }
-        let input = std::str::from_utf8(stdin).unwrap();
+        let input = &*String::from_utf8_lossy(stdin);
         let only_asks = |line: &str| ["*", "-S ", "COMMIT"].iter().any(|start| line.starts_with(start));
         state.restores += usize::from(!input.lines().all(only_asks));
         Ok(state.restore(v6, input).map_or_else(|fault| failed(1, fault), done))
@@ -125,6 +140,9 @@ impl State {
             let fault =
                 |what: &str| format!("iptables-restore: {what}\nError occurred at line: {}", index + 1);
             if let Some(table) = line.strip_prefix('*') {
+                if self.without_tables.contains(&table) {
+                    return Err(fault("Table does not exist"));
+                }
                 let built_in = || BUILT_IN.map(|chain| (chain.to_owned(), Vec::new())).into_iter().collect();
                 let chains = self.tables.get(&(v6, table.to_owned())).cloned().unwrap_or_else(built_in);
                 open = Some((table.to_owned(), chains));
@@ -150,9 +168,9 @@ impl State {
             if self.hated.as_ref().is_some_and(|hated| rule.contains(hated.as_str())) {
                 return Err("iptables-restore: out of luck".to_owned());
             }
-            let target = crate::observe::target(rule).unwrap_or("RETURN");
-            if target.starts_with("KUBE-") && !chains.contains_key(target) {
-                return Err(format!("no chain {target}"));
+            let to = target(rule).unwrap_or("RETURN");
+            if to.starts_with("KUBE-") && !chains.contains_key(to) {
+                return Err(format!("no chain {to}"));
             }
         }
         Ok(())
@@ -176,7 +194,7 @@ fn edit(chains: &mut Chains, line: &str) -> Result<(), &'static str> {
     let mut words = line.splitn(3, ' ');
     let (verb, chain, rule) = (words.next(), words.next().unwrap_or(""), words.next().unwrap_or(""));
     if verb == Some("-X") {
-        let used = chains.values().flatten().any(|rule| crate::observe::target(rule) == Some(chain));
+        let used = chains.values().flatten().any(|rule| target(rule) == Some(chain));
         return match chains.remove(chain) {
             Some(rules) if rules.is_empty() && !used => Ok(()),
             _ => Err("chain missing, not empty or in use"),

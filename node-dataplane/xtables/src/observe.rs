@@ -5,19 +5,19 @@
 
 use rustc_hash::FxHashMap;
 
-use crate::names::{Shared, Table};
-use crate::render::print_probability;
+use crate::table::Table;
 
-/// Chains of the two tables.
+/// The chains of all tables of [`Table::ALL`] that are there.
 #[derive(Debug, Default)]
-pub(crate) struct Snapshot<'a> {
+pub struct Snapshot<'a> {
     filter: FxHashMap<&'a str, &'a str>,
     nat: FxHashMap<&'a str, &'a str>,
+    mangle: FxHashMap<&'a str, &'a str>,
 }
 
 impl<'a> Snapshot<'a> {
-    /// Reads the output of `iptables-save`; tables other than ours are passed over.
-    pub(crate) fn parse(text: &'a str) -> Self {
+    /// Reads the output of `iptables-save`; other tables are passed over.
+    pub fn parse(text: &'a str) -> Self {
         let mut snapshot = Self::default();
         let mut table = None;
         let mut offset = 0;
@@ -45,9 +45,9 @@ impl<'a> Snapshot<'a> {
         snapshot
     }
 
-    /// Reads what `-S` prints of some chains, filter before nat; `None` where it is anything else than
+    /// Reads what [`list`](crate::Tool::list) prints of some chains; `None` where it is anything else than
     /// these chains, each once and in this order.
-    pub(crate) fn of_list(text: &'a str, chains: &[(Table, &str)]) -> Option<Self> {
+    pub fn of_list(text: &'a str, chains: &[(Table, &str)]) -> Option<Self> {
         let mut snapshot = Self::default();
         let mut asked =
             Table::ALL.into_iter().flat_map(|table| chains.iter().filter(move |it| it.0 == table));
@@ -78,34 +78,31 @@ impl<'a> Snapshot<'a> {
         match table {
             Table::Filter => &mut self.filter,
             Table::Nat => &mut self.nat,
+            Table::Mangle => &mut self.mangle,
         }
     }
 
-    /// All chains of a table, in no order.
-    pub(crate) fn chains(&self, table: Table) -> &FxHashMap<&'a str, &'a str> {
+    /// All chains of a table and their bodies, in no order. None where the table is not there.
+    pub fn chains(&self, table: Table) -> &FxHashMap<&'a str, &'a str> {
         match table {
             Table::Filter => &self.filter,
             Table::Nat => &self.nat,
+            Table::Mangle => &self.mangle,
         }
     }
 
     /// The rules of a chain with `-A NAME` before each; `None` = no such chain.
-    pub(crate) fn body(&self, table: Table, chain: &str) -> Option<&'a str> {
+    pub fn body(&self, table: Table, chain: &str) -> Option<&'a str> {
         self.chains(table).get(chain).copied()
     }
 
     /// The rules of a chain without `-A NAME`, as printed.
-    pub(crate) fn rules(&self, table: Table, chain: &str) -> Vec<&'a str> {
+    pub fn rules(&self, table: Table, chain: &str) -> Vec<&'a str> {
         self.body(table, chain).unwrap_or("").lines().map(without_chain).collect()
     }
 
-    /// About how many Services are in force: lines that lead to them.
-    pub(crate) fn services(&self) -> usize {
-        self.body(Table::Nat, Shared::Services.chain()).map_or(0, |body| body.lines().count())
-    }
-
-    /// True where the chain has exactly these rules.
-    pub(crate) fn has(&self, table: Table, chain: &str, body: &str) -> bool {
+    /// True where the chain has exactly these rules, with `-A NAME` before each, in any spelling.
+    pub fn has(&self, table: Table, chain: &str, body: &str) -> bool {
         self.body(table, chain).is_some_and(|found| found == body || same(found, body))
     }
 }
@@ -119,8 +116,8 @@ fn same(found: &str, rendered: &str) -> bool {
         && found.lines().zip(rendered.lines()).all(|(a, b)| a == b || canonical(a) == b)
 }
 
-/// A rule in the spelling that [`render`](crate::render) uses.
-pub(crate) fn canonical(rule: &str) -> String {
+/// A rule in the spelling of the newest tools, which is the one that rules are to be written in here.
+pub fn canonical(rule: &str) -> String {
     let mut out = String::with_capacity(rule.len() + 16);
     let mut option = "";
     for word in words(rule) {
@@ -175,18 +172,25 @@ fn words(rule: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The comment of a rule.
-pub(crate) fn comment(rule: &str) -> Option<&str> {
+/// The comment of a rule, without its quotes.
+pub fn comment(rule: &str) -> Option<&str> {
     let mut words = words(rule);
     words.find(|word| *word == "--comment")?;
     words.next().map(|word| word.trim_matches('"'))
 }
 
-/// The chain or target a rule leads to.
-pub(crate) fn target(rule: &str) -> Option<&str> {
+/// The chain or target that a rule leads to.
+pub fn target(rule: &str) -> Option<&str> {
     let mut words = words(rule);
     words.find(|word| matches!(*word, "-j" | "-g"))?;
     words.next()
+}
+
+/// A share between 0 and 1 as `--probability` is printed: rounded to a multiple of 2^-31, as the kernel
+/// does, then to the digits that the tools print.
+pub fn print_probability(share: f64) -> String {
+    let unit = f64::from(1u32 << 31);
+    format!("{:.11}", (share * unit).round() / unit)
 }
 
 #[cfg(test)]
@@ -203,6 +207,7 @@ mod tests {
         assert_eq!(snapshot.body(Table::Nat, "B"), Some("-A B -j RETURN\n"));
         assert_eq!(snapshot.body(Table::Nat, "PREROUTING"), Some(""));
         assert_eq!(snapshot.body(Table::Nat, "X"), None, "another table's chain");
+        assert_eq!(snapshot.rules(Table::Mangle, "X"), ["-j Y"]);
         assert!(snapshot.chains(Table::Filter).is_empty());
         assert_eq!(snapshot.rules(Table::Nat, "A"), ["-j B", "-p tcp -j RETURN"]);
     }

@@ -1,11 +1,10 @@
 //! Cheap signs that somebody else changed the tables.
 //!
 //! nft: the generation counter, which every transaction of anybody raises, and then the
-//! kernel's messages about it: only what touches chains of ours, or built-in chains that we hook
-//! into, counts. Where messages were lost everything counts. legacy: size and number of entries of
-//! each table and the extent of its built-in chains, which a flush and nearly every edit changes. The
-//! kernel counts no changes there and sends no messages. An edit within other chains that keeps size
-//! and number is found by the audit.
+//! kernel's messages about it: only what touches chains that concern the user counts. Where messages
+//! were lost everything counts. legacy: size and number of entries of each table and the extent of its
+//! built-in chains, which a flush and nearly every edit changes. The kernel counts no changes there and
+//! sends no messages. An edit within other chains that keeps size and number is found by the audit.
 
 use lockstep_kernel::netlink::attr::Attributes;
 use lockstep_kernel::nf_tables::{self, Kernel, Netfilter};
@@ -13,12 +12,14 @@ use lockstep_kernel::xtables;
 
 use lockstep_model::Family;
 
-use crate::fixed;
-use crate::names::Table;
+use crate::table::Table;
 use crate::tool::Flavour;
 
-pub(crate) struct Watch {
+/// Looks at both families of one flavour.
+pub struct Watch {
     flavour: Flavour,
+    tables: &'static [Table],
+    concerns: fn(Table, &str) -> bool,
     netfilter: Option<Kernel>,
     last: Option<Marks>,
     suspected: bool,
@@ -31,12 +32,14 @@ enum Marks {
 }
 
 impl Watch {
-    pub(crate) fn new(flavour: Flavour) -> Self {
-        Self { flavour, netfilter: None, last: None, suspected: false }
+    /// Only what happens in `tables` counts; where it can be told, only what happens to the chains there
+    /// that `concerns` names, or to a table as a whole.
+    pub fn new(flavour: Flavour, tables: &'static [Table], concerns: fn(Table, &str) -> bool) -> Self {
+        Self { flavour, tables, concerns, netfilter: None, last: None, suspected: false }
     }
 
     /// Takes what is there now as ours.
-    pub(crate) fn settle(&mut self) {
+    pub fn settle(&mut self) {
         let now = self.marks();
         self.heard();
         self.last = now;
@@ -44,7 +47,7 @@ impl Watch {
 
     /// The same after so many transactions of our own; true where somebody else changed what concerns
     /// us among them. Only the nft flavour can tell, and only while no message is lost.
-    pub(crate) fn settle_beside(&mut self, commits: u32) -> bool {
+    pub fn settle_beside(&mut self, commits: u32) -> bool {
         let now = self.marks();
         let heard = self.heard();
         self.last = now;
@@ -52,12 +55,12 @@ impl Watch {
     }
 
     /// Makes the next look say yes.
-    pub(crate) fn suspect(&mut self) {
+    pub fn suspect(&mut self) {
         self.suspected = true;
     }
 
     /// True where something changed since the last look.
-    pub(crate) fn look(&mut self) -> bool {
+    pub fn look(&mut self) -> bool {
         let now = self.marks();
         let last = self.last.take();
         let changed = match (&last, &now) {
@@ -88,28 +91,36 @@ impl Watch {
             }
             Flavour::Legacy => {
                 let tables = [false, true].into_iter().flat_map(|v6| {
-                    ["filter", "nat"].into_iter().map(move |table| xtables::extent(v6, table).ok().flatten())
+                    let extent = move |table: &Table| xtables::extent(v6, table.name()).ok().flatten();
+                    self.tables.iter().map(extent)
                 });
                 Some(Marks::Tables(tables.collect()))
             }
         }
     }
 
-    /// True where the kernel says that nat has none of these chains. Only the nft flavour's can be
+    /// True where the kernel says that a table has none of these chains. Only the nft flavour's can be
     /// asked for single chains.
-    pub(crate) fn lacks<'n>(&mut self, family: Family, mut chains: impl Iterator<Item = &'n str>) -> bool {
+    pub fn lacks<'n>(
+        &mut self,
+        family: Family,
+        table: Table,
+        mut chains: impl Iterator<Item = &'n str>,
+    ) -> bool {
         let Some(netfilter) = &mut self.netfilter else { return false };
         let family = match family {
             Family::V4 => nf_tables::Family::Ipv4,
             Family::V6 => nf_tables::Family::Ipv6,
         };
-        let table = Table::Nat.name();
-        chains.all(|chain| nf_tables::chain_exists(netfilter, family, table, chain).is_ok_and(|there| !there))
+        chains.all(|chain| {
+            nf_tables::chain_exists(netfilter, family, table.name(), chain).is_ok_and(|there| !there)
+        })
     }
 
     /// What the messages since the last call are about.
     fn heard(&mut self) -> Heard {
         let mut heard = Heard { complete: true, ..Heard::default() };
+        let (tables, concerns) = (self.tables, self.concerns);
         let Some(netfilter) = &mut self.netfilter else { return heard };
         // A transaction's end comes behind what it changed.
         let mut concerning = false;
@@ -120,7 +131,7 @@ impl Watch {
                 heard.by_others |= concerning && !is_our_tool(message.payload);
                 concerning = false;
             } else {
-                concerning |= concerns_us(message.kind & 0xff, message.payload);
+                concerning |= is_concerned(tables, concerns, message.kind & 0xff, message.payload);
             }
         });
         heard.complete = complete.unwrap_or(false);
@@ -154,16 +165,16 @@ const NEW_GENERATION: u16 = 15;
 const CHAINS: [u16; 2] = [3, 5];
 const RULES: [u16; 2] = [6, 8];
 
-/// True for a message about a chain that we write to, or about a table as a whole.
-fn concerns_us(kind: u16, payload: &[u8]) -> bool {
+/// True for a message about a chain that concerns the user, or about a table of its own as a whole.
+fn is_concerned(tables: &[Table], concerns: fn(Table, &str) -> bool, kind: u16, payload: &[u8]) -> bool {
     let attributes = Attributes::of(payload.get(4..).unwrap_or_default());
     let text = |kind| attributes.get(kind).map(|name| name.text());
-    let of_ours = text(1).is_some_and(|table| Table::ALL.iter().any(|ours| ours.name() == table));
+    let named = |name| tables.iter().copied().find(|table| table.name() == name);
+    let Some(table) = text(1).and_then(named) else { return false };
     let chain = match kind {
         kind if CHAINS.contains(&kind) => text(3),
         kind if RULES.contains(&kind) => text(2),
-        _ => return of_ours,
+        _ => None,
     };
-    let hooked = |chain: &str| fixed::jumps().iter().any(|jumps| jumps.chain == chain);
-    of_ours && chain.is_none_or(|chain| chain.starts_with("KUBE-") || hooked(chain))
+    chain.is_none_or(|chain| concerns(table, chain))
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use lockstep_kernel::exec::{ExecError, Output, Run};
 use lockstep_model::Family;
 
-use crate::fixed::line;
-use crate::names::Table;
+use crate::input::line;
+use crate::table::Table;
 
 /// Which of the two kernel interfaces iptables speaks to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -66,7 +66,7 @@ pub enum ToolError {
 
 impl ToolError {
     /// True where the rules themselves were refused, so that leaving some out may help.
-    pub(crate) fn concerns_rules(&self) -> bool {
+    pub fn concerns_rules(&self) -> bool {
         matches!(self, ToolError::Refused { .. })
     }
 }
@@ -77,16 +77,19 @@ const LOCK_WAIT_SECONDS: &str = "5";
 /// Exit status where the lock was not got.
 const LOCKED: i32 = 4;
 
-/// The tool.
+/// The tools of one flavour and family: `iptables-nft-restore`, `iptables-nft-save`.
 #[derive(Clone)]
-pub(crate) struct Tool {
+pub struct Tool {
     run: Arc<dyn Run>,
-    pub(crate) flavour: Flavour,
-    pub(crate) family: Family,
+    /// Which kernel interface it speaks to.
+    pub flavour: Flavour,
+    /// `iptables` or `ip6tables`.
+    pub family: Family,
 }
 
 impl Tool {
-    pub(crate) fn new(run: Arc<dyn Run>, flavour: Flavour, family: Family) -> Self {
+    /// Runs nothing yet.
+    pub fn new(run: Arc<dyn Run>, flavour: Flavour, family: Family) -> Self {
         Self { run, flavour, family }
     }
 
@@ -98,26 +101,30 @@ impl Tool {
         format!("{family}-{}-{what}", self.flavour)
     }
 
-    /// One restore that leaves alone what it does not name.
-    pub(crate) fn restore(&self, input: &str) -> Result<(), ToolError> {
+    /// One restore that leaves alone what it does not name. Each `COMMIT` of it is done as a whole or not
+    /// at all; those before one that is refused stay done.
+    pub fn restore(&self, input: &str) -> Result<(), ToolError> {
         self.call("restore", &["--noflush", "-w", LOCK_WAIT_SECONDS], input.as_bytes()).map(|_| ())
     }
 
-    /// All tables, as text. Never makes a table.
-    pub(crate) fn save(&self) -> Result<String, ToolError> {
+    /// All tables that are there, as text. Never makes a table.
+    pub fn save(&self) -> Result<String, ToolError> {
         let output = self.call("save", &[], b"")?;
         Ok(text(output.stdout))
     }
 
-    /// What `-S` prints of some chains, all of filter before all of nat. Writes nothing; the nft
-    /// flavour reads no other chain. Refused where one is missing.
-    pub(crate) fn list(&self, chains: &[(Table, &str)]) -> Result<String, ToolError> {
+    /// What `-S` prints of some chains, table by table in the order of
+    /// [`Table::ALL`]. Writes nothing; the nft flavour reads no other chain. Refused where one is missing.
+    pub fn list(&self, chains: &[(Table, &str)]) -> Result<String, ToolError> {
         let mut input = String::new();
         for table in Table::ALL {
-            line(&mut input, &["*", table.name()]);
-            for (_, chain) in chains.iter().filter(|(of, _)| *of == table) {
-                line(&mut input, &["-S ", chain]);
+            let mut of_table = chains.iter().filter(|(of, _)| *of == table).peekable();
+            // What is named is made, and a kernel need not have every table.
+            if of_table.peek().is_none() {
+                continue;
             }
+            line(&mut input, &["*", table.name()]);
+            of_table.for_each(|(_, chain)| line(&mut input, &["-S ", chain]));
             line(&mut input, &["COMMIT"]);
         }
         let output = self.call("restore", &["--noflush", "-w", LOCK_WAIT_SECONDS], input.as_bytes())?;
@@ -125,7 +132,7 @@ impl Tool {
     }
 
     /// `iptables-restore v1.8.9 (legacy)` -> `1.8.9`.
-    pub(crate) fn version(&self) -> Result<String, ToolError> {
+    pub fn version(&self) -> Result<String, ToolError> {
         let output = self.call("restore", &["--version"], b"")?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = text.split_whitespace().find_map(|word| word.strip_prefix('v'));
