@@ -3,6 +3,9 @@
 //! ```text
 //! backend-nftables ──> nf_tables: Batch, dumps ──> netlink: one long-lived socket
 //!                             └── fake: the same kernel, in memory
+//! backend-ipvs ──────> ipvs: virtual servers; ipset; dummy: the device with their addresses
+//!                             ├── fake: each in memory
+//!                             └──────────────────────────────> netlink
 //! agent ─────────────> conntrack: flows listed and ended ──> netlink
 //! ```
 //!
@@ -12,8 +15,11 @@
 pub mod addresses;
 pub mod conntrack;
 pub mod cpus;
+pub mod dummy;
 mod errno;
 pub mod exec;
+pub mod ipset;
+pub mod ipvs;
 pub mod memory;
 pub mod netlink;
 pub mod netns;

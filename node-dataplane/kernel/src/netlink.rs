@@ -11,6 +11,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use crate::Errno;
 
 pub mod attr;
+mod request;
+
+pub use request::put_message;
 
 /// Length of a netlink message header.
 pub const HEADER: usize = 16;
@@ -116,6 +119,7 @@ pub enum Dumped {
 #[derive(Debug)]
 pub struct Socket {
     fd: OwnedFd,
+    protocol: libc::c_int,
     send_limit: usize,
     buffer: Box<[u8]>,
 }
@@ -130,7 +134,8 @@ impl Socket {
         }
         // SAFETY: `raw` was just opened and belongs to nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-        let mut socket = Self { fd, send_limit: 0, buffer: vec![0; RECEIVE_BUFFER].into_boxed_slice() };
+        let buffer = vec![0; RECEIVE_BUFFER].into_boxed_slice();
+        let mut socket = Self { fd, protocol, send_limit: 0, buffer };
         socket.bind()?;
         // Errors carry the kernel's text and not a copy of the refused message.
         socket.option(libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1)?;

@@ -2,6 +2,8 @@
 
 /// Set on attributes that hold attributes.
 const NESTED: u16 = 0x8000;
+/// To be set on attributes whose value is in network order, where a subsystem asks for it.
+pub const NETWORK_ORDER: u16 = 0x4000;
 /// Length of an attribute's header.
 pub const HEADER: usize = 4;
 
@@ -30,6 +32,11 @@ pub struct Attribute<'a> {
 }
 
 impl<'a> Attribute<'a> {
+    /// The value as a number in network order; 0 where it is shorter.
+    pub fn u16_be(&self) -> u16 {
+        u16::from_be(u16_ne(self.value))
+    }
+
     /// The value as a number in network order; 0 where it is shorter.
     pub fn u32_be(&self) -> u32 {
         u32::from_be(u32_ne(self.value))
@@ -103,6 +110,25 @@ pub fn put_nest(out: &mut Vec<u8>, kind: u16, length: usize) {
     put_header(out, kind | NESTED, length);
 }
 
+/// Appends a nest and what `fill` appends to it, which must be attributes of at most 65,531 bytes.
+pub fn nest(out: &mut Vec<u8>, kind: u16, fill: impl FnOnce(&mut Vec<u8>)) {
+    let start = out.len();
+    put_nest(out, kind, 0);
+    fill(out);
+    let length = u16::try_from(out.len() - start).unwrap_or(u16::MAX);
+    out[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+}
+
+/// Appends a number in host order.
+pub fn put_u16(out: &mut Vec<u8>, kind: u16, value: u16) {
+    put(out, kind, &value.to_ne_bytes());
+}
+
+/// Appends a number in host order.
+pub fn put_u32(out: &mut Vec<u8>, kind: u16, value: u32) {
+    put(out, kind, &value.to_ne_bytes());
+}
+
 /// Appends a number in network order.
 pub fn put_u32_be(out: &mut Vec<u8>, kind: u16, value: u32) {
     put(out, kind, &value.to_be_bytes());
@@ -125,8 +151,7 @@ mod tests {
         let mut out = Vec::new();
         put_text(&mut out, 1, "lockstep");
         put_u32_be(&mut out, 2, 77);
-        put_nest(&mut out, 3, 12);
-        put(&mut out, 4, &[1, 2, 3, 4, 5]);
+        nest(&mut out, 3, |out| put(out, 4, &[1, 2, 3, 4, 5]));
         let all = Attributes::of(&out);
         assert_eq!(all.get(1).unwrap().text(), "lockstep");
         assert_eq!(all.get(2).unwrap().u32_be(), 77);
