@@ -519,7 +519,7 @@ pub fn wait_until<T>(
             return Ok(answer);
         }
         ensure!(start.elapsed() < patience, "not within {} s: {what}", patience.as_secs());
-        std::thread::sleep(POLL);
+        std::thread::sleep(guest::patient(POLL));
     }
 }
 

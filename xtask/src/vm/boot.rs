@@ -34,6 +34,9 @@ pub(crate) struct Limits {
     pub(crate) silence: Duration,
 }
 
+/// Takes what a guest prints, in pieces as they come.
+pub(crate) type Text<'a> = dyn FnMut(&[u8]) + 'a;
+
 /// Kernel messages that are shown where a guest fails.
 const LAST_LINES: usize = 60;
 /// For the files that come back; the file behind it is no larger than what is in it.
@@ -68,7 +71,7 @@ pub(crate) fn boot(
     kernel: &Kernel,
     contents: Contents,
     limits: Limits,
-    text: Option<&mut dyn FnMut(&[u8])>,
+    text: Option<&mut Text<'_>>,
 ) -> Result<i32, Failure> {
     let place = Place::new()?;
     let (archive, disk) = (place.directory.join("initramfs"), place.directory.join("disk"));
@@ -115,7 +118,7 @@ pub(crate) fn results() -> PathBuf {
 }
 
 /// Runs qemu until it ends or may not go on.
-fn watched(qemu: &mut Command, limits: Limits, text: &mut dyn FnMut(&[u8])) -> Result<(), Failure> {
+fn watched(qemu: &mut Command, limits: Limits, text: &mut Text<'_>) -> Result<(), Failure> {
     let start = Instant::now();
     let mut child = match qemu.stdin(Stdio::null()).stdout(Stdio::piped()).spawn() {
         Ok(child) => child,
@@ -136,7 +139,7 @@ fn watch(
     chunks: &Receiver<Vec<u8>>,
     start: Instant,
     limits: Limits,
-    text: &mut dyn FnMut(&[u8]),
+    text: &mut Text<'_>,
 ) -> Result<(), Failure> {
     loop {
         let left = limits.time.saturating_sub(start.elapsed());
