@@ -21,6 +21,7 @@ use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
 
+use crate::guest::patient;
 use crate::leftovers::{self, Directory};
 
 /// Directory of `etcd`, `kube-apiserver`, `kube-proxy` and `grpcurl`.
@@ -247,7 +248,7 @@ impl Process {
 
     /// Waits for `ready`; fails with the end of the program's log where it ends first.
     async fn ready(&mut self, name: &str, directory: &Path, ready: impl AsyncFn() -> bool) -> Result<()> {
-        let deadline = Instant::now() + START_TIMEOUT;
+        let deadline = Instant::now() + patient(START_TIMEOUT);
         let log = || {
             let text = fs::read_to_string(directory.join(format!("{name}.log"))).unwrap_or_default();
             let lines: Vec<_> = text.lines().rev().take(20).collect();

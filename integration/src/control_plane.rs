@@ -11,6 +11,7 @@ use lockstep_wire::v1::status_service_client::StatusServiceClient;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::transport::{Channel, Endpoint};
 
+use crate::guest::patient;
 use crate::leftovers::{self, Directory};
 use crate::product;
 
@@ -51,7 +52,7 @@ impl ControlPlane {
         command.args(&self.arguments).env_remove("LOCKSTEP_LOG");
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(leftovers::spawn(command).context("starting lockstep-control-plane")?);
-        let deadline = Instant::now() + START_TIMEOUT;
+        let deadline = Instant::now() + patient(START_TIMEOUT);
         while self.get("/livez").await.is_err() {
             if let Some(status) = self.ended()? {
                 bail!("the control plane ended with {status}:\n{}", self.log());
@@ -124,7 +125,7 @@ impl ControlPlane {
 
     /// Waits until `/readyz` says that state is served.
     pub async fn ready(&mut self) -> Result<()> {
-        let deadline = Instant::now() + START_TIMEOUT;
+        let deadline = Instant::now() + patient(START_TIMEOUT);
         loop {
             let (code, body) = self.get("/readyz").await?;
             if code == 200 {

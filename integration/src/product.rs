@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::certificates::{Authority, Secret};
+use crate::guest;
 use crate::lab::{Family, Lab, POD_CIDRS, Place};
 use crate::leftovers;
 use crate::traffic::{OTHER_POD_PORT, POD_PORT};
@@ -399,8 +400,9 @@ impl Product {
 
     /// Calls the control plane, as whoever operates it.
     pub(crate) fn call<T: Send>(&self, call: impl AsyncFnOnce(Channel) -> Result<T> + Send) -> Result<T> {
-        let mut endpoint =
-            Endpoint::from_shared(self.url())?.timeout(PATIENCE).connect_timeout(Duration::from_secs(2));
+        let mut endpoint = Endpoint::from_shared(self.url())?
+            .timeout(PATIENCE)
+            .connect_timeout(guest::patient(Duration::from_secs(2)));
         if let Some(Secrets { operator, .. }) = &self.secrets {
             let identity = Identity::from_pem(fs::read(operator.certificate())?, fs::read(operator.key())?);
             let ca = Certificate::from_pem(fs::read(operator.ca())?);
@@ -504,19 +506,20 @@ impl Mode {
     }
 }
 
-/// Asks again and again until there is an answer; an error or the end of `patience` ends it.
+/// Asks again and again until there is an answer; an error or the end of `patience` ends it, which is
+/// longer where the machine is slow.
 pub fn wait_until<T>(
     what: &str,
     patience: Duration,
     mut ask: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
-    let start = Instant::now();
+    let (start, patience) = (Instant::now(), guest::patient(patience));
     loop {
         if let Some(answer) = ask().with_context(|| what.to_owned())? {
             return Ok(answer);
         }
         ensure!(start.elapsed() < patience, "not within {} s: {what}", patience.as_secs());
-        std::thread::sleep(POLL);
+        std::thread::sleep(guest::patient(POLL));
     }
 }
 
@@ -542,6 +545,7 @@ pub(crate) fn start_pods(lab: &Lab, binaries: &Path) -> Result<Vec<Process>> {
     for place in lab.pods().chain((1..=lab.nodes()).map(Place::Node)) {
         let mut command = lab.command(place, program(binaries, "lockstep-pod")?);
         command.args([place.to_string(), POD_PORT.to_string(), OTHER_POD_PORT.to_string()]);
+        command.args(guest::is_here().then_some("--sctp"));
         pods.push(Process::spawn(lab, &format!("pod-{place}"), command)?);
     }
     for pod in &mut pods {

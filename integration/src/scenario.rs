@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
+use crate::guest;
 use crate::lab::{Family, Lab, Place};
 use crate::product::Mode;
 use crate::traffic::{OTHER_POD_PORT, Outcome, POD_PORT, Transport, probe, probe_with};
@@ -65,6 +66,14 @@ pub enum Mechanism {
     Iptables,
 }
 
+/// What only the guest's kernel is sure to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Need {
+    /// Sockets of SCTP.
+    Sctp,
+}
+
 /// Something that every scenario must leave alone.
 pub const ALWAYS: &str = "\
 apiVersion: v1
@@ -82,6 +91,8 @@ spec:
 pub struct Scenario {
     /// What it shows, one sentence.
     pub about: String,
+    /// What the kernel must have for it that not every kernel has. It is played in the guest only.
+    pub needs: Option<Need>,
     /// What happens, in order. The nodes are verified at the new state before probes are sent.
     pub steps: Vec<Step>,
 }
@@ -247,10 +258,14 @@ pub struct Case {
     pub path: PathBuf,
 }
 
-/// Every scenario in both families, as far as its name has all of `filters` in it; sorted.
+/// Every scenario in both families, as far as its name has all of `filters` in it; sorted. Outside the
+/// guest, those are not among them that are for it alone.
 pub fn cases(prefix: &str, filters: &[String]) -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for path in files()? {
+        if !guest::is_here() && Scenario::read(&path, Family::V4)?.needs.is_some() {
+            continue;
+        }
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         for family in [Family::V4, Family::V6] {
             let name = format!("{prefix}{family}/{stem}");
@@ -479,6 +494,16 @@ mod tests {
                 let scenario = Scenario::read(&path, family).unwrap();
                 assert!(scenario.steps.iter().all(|step| !step.probes.is_empty()), "{}", path.display());
             }
+        }
+    }
+
+    #[test]
+    fn a_scenario_says_so_where_the_kernel_must_have_more() {
+        for path in files().unwrap() {
+            let scenario = Scenario::read(&path, Family::V4).unwrap();
+            let probes = scenario.steps.iter().flat_map(|step| &step.probes);
+            let sctp = probes.into_iter().any(|probe| probe.protocol == Transport::Sctp);
+            assert_eq!(scenario.needs == Some(Need::Sctp), sctp, "{}", path.display());
         }
     }
 

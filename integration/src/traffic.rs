@@ -3,11 +3,14 @@
 
 use std::fmt;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use lockstep_kernel::refusals;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use crate::guest::patient;
 use crate::lab::{Lab, Place};
 
 /// Port on which every pod answers, TCP and UDP.
@@ -27,6 +30,9 @@ pub enum Transport {
     /// UDP.
     #[serde(rename = "UDP")]
     Udp,
+    /// SCTP, which pods answer in the guest only.
+    #[serde(rename = "SCTP")]
+    Sctp,
 }
 
 /// What became of one connection.
@@ -52,7 +58,7 @@ pub fn probe(lab: &Lab, from: Place, transport: Transport, to: SocketAddr) -> Re
     lab.inside(from, || connect(transport, to))
 }
 
-/// One connection from `from` that carries so many bytes there and back; UDP carries none.
+/// One connection from `from` that carries so many bytes there and back; TCP alone carries any.
 pub fn probe_with(
     lab: &Lab,
     from: Place,
@@ -61,12 +67,12 @@ pub fn probe_with(
     bytes: usize,
 ) -> Result<Outcome> {
     match transport {
-        Transport::Tcp => lab.inside(from, || outcome(ask_tcp(to, PATIENCE, bytes))),
-        Transport::Udp => probe(lab, from, transport, to),
+        Transport::Tcp => lab.inside(from, || outcome(carry(to, patient(PATIENCE), bytes))),
+        Transport::Udp | Transport::Sctp => probe(lab, from, transport, to),
     }
 }
 
-/// One connection from `from`, given up after `patience`.
+/// One connection from `from`, given up after `patience`, which is longer where the machine is slow.
 pub fn probe_within(
     lab: &Lab,
     from: Place,
@@ -83,8 +89,10 @@ pub(crate) fn connect(transport: Transport, to: SocketAddr) -> Outcome {
 }
 
 pub(crate) fn connect_within(transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
+    let patience = patient(patience);
     let answer = match transport {
-        Transport::Tcp => ask_tcp(to, patience, 0),
+        Transport::Tcp => connect_tcp(to, patience).and_then(ask),
+        Transport::Sctp => connect_sctp(to, patience).and_then(ask),
         Transport::Udp => ask_udp(to, patience),
     };
     outcome(answer)
@@ -101,19 +109,52 @@ fn outcome(answer: std::io::Result<String>) -> Outcome {
     }
 }
 
-/// The question says how many bytes follow it; the answer is followed by the same.
-fn ask_tcp(to: SocketAddr, patience: Duration, bytes: usize) -> std::io::Result<String> {
-    // Before the connection: the server does not wait long for a question.
-    let load: Vec<u8> = (0..bytes).map(|position| position.to_le_bytes()[1]).collect();
-    let mut stream = TcpStream::connect_timeout(&to, patience)?;
+fn connect_tcp(to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&to, patience)?;
     stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(patience))?;
+    Ok(stream)
+}
+
+/// SCTP has streams of messages in both directions, and an end: as long as a message is short, a
+/// TCP stream of this process behaves the same.
+fn connect_sctp(to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(sctp()))?;
+    refusals::hear(&socket, to.is_ipv6()).map_err(std::io::Error::other)?;
+    socket.connect_timeout(&to.into(), patience)?;
+    socket.set_read_timeout(Some(patience))?;
+    socket.set_write_timeout(Some(patience))?;
+    Ok(socket.into())
+}
+
+/// Its number, which the system's constants have on some machines only.
+fn sctp() -> Protocol {
+    Protocol::from(132)
+}
+
+/// Listens at an SCTP port of both families.
+pub fn listen_sctp(port: u16) -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(sctp()))?;
+    socket.bind(&SockAddr::from(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))))?;
+    socket.listen(128)?;
+    Ok(socket.into())
+}
+
+fn ask(mut stream: TcpStream) -> std::io::Result<String> {
+    stream.write_all(b"?")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// The question says how many bytes follow it; the answer is followed by the same.
+fn carry(to: SocketAddr, patience: Duration, bytes: usize) -> std::io::Result<String> {
     if bytes == 0 {
-        stream.write_all(b"?")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        return Ok(answer);
+        return ask(connect_tcp(to, patience)?);
     }
+    // Before the connection: the server does not wait long for a question.
+    let load: Vec<u8> = (0..bytes).map(|position| position.to_le_bytes()[1]).collect();
+    let mut stream = connect_tcp(to, patience)?;
     stream.write_all(format!("?{bytes}\n").as_bytes())?;
     stream.write_all(&load)?;
     let mut answer = Vec::new();
@@ -152,9 +193,9 @@ pub struct Conversation {
 impl Conversation {
     /// Connects from `from`, and is answered once.
     pub fn begin(lab: &Lab, from: Place, to: SocketAddr) -> Result<Self> {
-        let stream = lab.inside(from, || TcpStream::connect_timeout(&to, PATIENCE))?;
+        let stream = lab.inside(from, || TcpStream::connect_timeout(&to, patient(PATIENCE)))?;
         let stream = stream.with_context(|| format!("{from} -> {to}"))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(patient(PATIENCE)))?;
         let mut this = Self { stream: BufReader::new(stream), with: from };
         this.with = this.exchange(STAY)?;
         Ok(this)

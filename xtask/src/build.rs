@@ -1,8 +1,10 @@
 //! Builds the workspace and finds the test programs in it.
 
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use crate::process::{Failure, broken, cargo, lines, root, run};
+use crate::process::{Failure, broken, cargo, lines, output, root, run};
 
 /// A test program that cargo built.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,11 +44,14 @@ pub(crate) enum Selection {
     },
 }
 
+/// One line per thing that was built; what is wrong is shown.
+const MESSAGES: &str = "--message-format=json-render-diagnostics";
+
 /// Builds and returns the test programs, sorted. Always a build of the workspace: crates chosen
 /// one by one get other features of their dependencies, and so another copy of each.
 pub(crate) fn tests(selection: &Selection) -> Result<Vec<TestProgram>, Failure> {
     let mut command = cargo();
-    command.args(["build", "--workspace", "--message-format=json-render-diagnostics"]);
+    command.args(["build", "--workspace", MESSAGES]);
     match selection {
         Selection::Everything => {
             command.arg("--all-targets");
@@ -56,8 +61,42 @@ pub(crate) fn tests(selection: &Selection) -> Result<Vec<TestProgram>, Failure> 
             command.args(programs.then_some("--bins"));
         }
     }
+    test_programs(&mut command)
+}
+
+/// Builds the `tests/` of every crate with a feature `guest`, with that feature. Each is built
+/// alone: with the workspace, all that uses one of them would be built a second time.
+pub(crate) fn guest_tests() -> Result<Vec<TestProgram>, Failure> {
     let mut programs = Vec::new();
-    if !lines(&mut command, |line| programs.extend(test_program(line)))? {
+    for package in packages_with_guest()? {
+        let mut command = cargo();
+        command.args(["build", "--package", &package, "--features", "guest", "--test", "*"]);
+        programs.extend(test_programs(command.arg(MESSAGES))?);
+    }
+    Ok(programs)
+}
+
+/// Crates whose features have a `guest`, sorted.
+fn packages_with_guest() -> Result<Vec<String>, Failure> {
+    let files = output(Command::new("git").args(["ls-files", "*Cargo.toml"]).current_dir(root()))?;
+    let manifests = files.lines().filter_map(|file| fs::read_to_string(root().join(file)).ok());
+    let mut packages: Vec<String> =
+        manifests.filter(|manifest| has_guest(manifest)).filter_map(|manifest| name(&manifest)).collect();
+    packages.sort();
+    Ok(packages)
+}
+
+fn has_guest(manifest: &str) -> bool {
+    manifest.lines().any(|line| line.starts_with("guest = ["))
+}
+
+fn name(manifest: &str) -> Option<String> {
+    Some(between(manifest, "\nname = \"", "\"")?.to_owned())
+}
+
+fn test_programs(command: &mut Command) -> Result<Vec<TestProgram>, Failure> {
+    let mut programs = Vec::new();
+    if !lines(command, |line| programs.extend(test_program(line)))? {
         return broken("the build failed");
     }
     programs.sort();
@@ -79,7 +118,8 @@ pub(crate) fn optimised(name: &str) -> PathBuf {
     target().join("release").join(name)
 }
 
-fn target() -> PathBuf {
+/// What cargo writes to.
+pub(crate) fn target() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     root().join(target)
 }
@@ -147,6 +187,14 @@ mod tests {
     fn a_library_built_for_its_own_tests_is_a_unit_test() {
         let message = ARTIFACT.replace("KIND", "lib").replace("TEST", "true");
         assert_eq!(test_program(&message).unwrap().target, Target::Unit);
+    }
+
+    #[test]
+    fn a_crate_says_by_a_feature_that_it_has_tests_for_the_guest() {
+        let manifest = "[package]\nname = \"lockstep-kernel\"\n[features]\nguest = []\n";
+        assert!(has_guest(manifest));
+        assert_eq!(name(manifest).as_deref(), Some("lockstep-kernel"));
+        assert!(!has_guest("[features]\nguests = []\n"));
     }
 
     #[test]

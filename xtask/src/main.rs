@@ -6,6 +6,7 @@
 //! ```text
 //! setup: system packages, peers (etcd, kube-apiserver, grpcurl), cargo tools
 //!   -> build: the whole workspace, once -> parts: each one a list of steps -> summary
+//!                                                 └─> vm: some of them with another kernel
 //! ```
 //!
 //! Knows the names of crates, tests and tools; knows nothing of what is inside them.
@@ -19,6 +20,7 @@ mod process;
 mod setup;
 mod summary;
 mod tidy;
+mod vm;
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -36,6 +38,11 @@ Usage: cargo xtask VERB [ARGUMENTS]
   tidy             the same as `test tidy`: formatting, lints, layering, file sizes
   bless            write the golden files anew from what the code does now
   bench [ARGS]     measure; arguments go to lockstep-bench
+  vm run CMD...    a command in a machine with a kernel of its own, which needs no root here
+  vm shell         a terminal in it
+  vm test [PART...] [-- FILTER...]
+                   tests in it; parts are below
+                   options of all three: --memory MIB, --time SECONDS, --silence SECONDS, --with PATH
   help             this text
 
 Parts of `test`, each runnable alone:
@@ -54,6 +61,7 @@ fn main() -> ExitCode {
         "tidy" => parts::test(&["tidy".to_owned()]),
         "bless" => parts::bless(),
         "bench" => bench(rest),
+        "vm" => vm::main(rest),
         "help" | "--help" | "-h" => {
             print!("{}", usage());
             return ExitCode::SUCCESS;
@@ -85,6 +93,10 @@ fn usage() -> String {
     for part in parts::PARTS {
         let extra = if part.in_everything { "" } else { " (only when asked for)" };
         text.push_str(&format!("  {:<16} {}{extra}\n", part.name, part.about));
+    }
+    text.push_str("\nParts of `vm test`:\n");
+    for part in vm::PARTS {
+        text.push_str(&format!("  {:<16} {}\n", part.name, part.about));
     }
     text
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use crate::build::{self, Selection, Target, TestProgram};
 use crate::process::{Failure, broken, cargo, lines, output, root, run};
 use crate::summary::{Counter, Outcome, Summary};
-use crate::{setup, tidy};
+use crate::{setup, tidy, vm};
 
 /// Something that can be tested alone.
 pub(crate) struct Part {
@@ -34,6 +34,8 @@ enum Step {
     Integration(&'static str),
     /// Every file in `tests/` of `integration` that no other part names.
     RemainingIntegration,
+    /// Everything that runs in a machine with a kernel of its own.
+    Guest,
     Tidy,
     Deny(&'static [&'static str]),
     Demo,
@@ -129,6 +131,13 @@ pub(crate) const PARTS: &[Part] = &[
         needs_root: true,
     },
     Part {
+        name: "guest",
+        about: "scenarios and crates on an older kernel, with IPVS and SCTP: vm test",
+        in_everything: true,
+        steps: &[Step::Guest],
+        needs_root: false,
+    },
+    Part {
         name: "demo",
         about: "the demo, to its end",
         in_everything: true,
@@ -144,7 +153,8 @@ pub(crate) const PARTS: &[Part] = &[
     },
 ];
 
-const INTEGRATION: &str = "lockstep-integration";
+/// The crate whose tests start the programs of the product.
+pub(crate) const INTEGRATION: &str = "lockstep-integration";
 
 /// Longest time for one test program, in seconds: a hang must end as a failure.
 const TIME_LIMIT: &str = "1200";
@@ -229,7 +239,11 @@ fn directories_with_goldens() -> Result<Vec<(String, PathBuf)>, Failure> {
 }
 
 /// Runs one part; a failure to run is a failed check of that part, and the rest goes on.
-fn timed(summary: &mut Summary, name: &'static str, work: impl FnOnce(&mut Outcome) -> Result<(), Failure>) {
+pub(crate) fn timed(
+    summary: &mut Summary,
+    name: &'static str,
+    work: impl FnOnce(&mut Outcome) -> Result<(), Failure>,
+) {
     let start = Instant::now();
     let mut outcome = Outcome::default();
     if let Err(failure) = work(&mut outcome) {
@@ -270,6 +284,7 @@ impl Step {
                 outcome.check("demo", true);
                 Ok(())
             }
+            Step::Guest => vm::into(&mut built, outcome),
             Step::Unit => {
                 let of_unit = built(&Selection::Everything)?;
                 run_all(of_unit.iter().filter(|program| program.target == Target::Unit), &[], outcome)?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::process::{Failure, broken, cargo, root, run};
+use crate::vm::Kernel;
 
 /// Something the build, the product or the tests need from the system.
 struct Need {
@@ -60,6 +61,19 @@ const NEEDS: &[Need] = &[
     },
 ];
 
+/// What `cargo xtask vm` needs beside.
+const GUEST_NEEDS: &[Need] = &[
+    Need {
+        sign: Sign::Program("qemu-system-x86_64"),
+        package: "qemu-system-x86",
+        reason: "runs the guest kernel",
+    },
+    Need { sign: Sign::Program("busybox"), package: "busybox-static", reason: "small tools of the guest" },
+    Need { sign: Sign::Program("modprobe"), package: "kmod", reason: "the guest loads modules" },
+    Need { sign: Sign::Program("ipvsadm"), package: "ipvsadm", reason: "tests look at virtual servers" },
+    Need { sign: Sign::Program("sysctl"), package: "procps", reason: "whoever looks around in the guest" },
+];
+
 /// A real program that tests run against, pinned by `integration/peers/go.sum`.
 struct Peer {
     name: &'static str,
@@ -83,6 +97,8 @@ pub(crate) fn everything() -> Result<PathBuf, Failure> {
     packages()?;
     components()?;
     cargo_deny()?;
+    guest_packages()?;
+    Kernel::get()?;
     let directory = peers(&ALL_PEERS)?;
     println!("setup: everything is here");
     Ok(directory)
@@ -90,7 +106,16 @@ pub(crate) fn everything() -> Result<PathBuf, Failure> {
 
 /// System packages.
 pub(crate) fn packages() -> Result<(), Failure> {
-    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !need.is_met()).collect();
+    install(NEEDS)
+}
+
+/// System packages for guests.
+pub(crate) fn guest_packages() -> Result<(), Failure> {
+    install(GUEST_NEEDS)
+}
+
+fn install(needs: &[Need]) -> Result<(), Failure> {
+    let missing: Vec<&Need> = needs.iter().filter(|need| !need.is_met()).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -115,7 +140,7 @@ pub(crate) fn packages() -> Result<(), Failure> {
         .args(["install", "--yes", "--quiet", "--no-install-recommends"])
         .args(&names)
         .env("DEBIAN_FRONTEND", "noninteractive"))?;
-    let still: Vec<&str> = NEEDS.iter().filter(|need| !need.is_met()).map(|need| need.package).collect();
+    let still: Vec<&str> = needs.iter().filter(|need| !need.is_met()).map(|need| need.package).collect();
     if still.is_empty() { Ok(()) } else { broken(format!("installed, but not found: {}", still.join(" "))) }
 }
 
@@ -191,7 +216,7 @@ pub(crate) fn cargo_deny() -> Result<PathBuf, Failure> {
 }
 
 /// `${XDG_CACHE_HOME:-~/.cache}/lockstep`.
-fn cache() -> Result<PathBuf, Failure> {
+pub(crate) fn cache() -> Result<PathBuf, Failure> {
     let base = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
         (Some(cache), _) if Path::new(&cache).is_absolute() => PathBuf::from(cache),
         (_, Some(home)) => Path::new(&home).join(".cache"),
@@ -217,7 +242,8 @@ fn pin_of(source: &Path) -> Result<String, Failure> {
     Ok(format!("{hash:016x}"))
 }
 
-fn create(directory: &Path) -> Result<(), Failure> {
+/// A directory and those above it.
+pub(crate) fn create(directory: &Path) -> Result<(), Failure> {
     match fs::create_dir_all(directory) {
         Ok(()) => Ok(()),
         Err(error) => broken(format!("{}: {error}", directory.display())),
@@ -225,7 +251,7 @@ fn create(directory: &Path) -> Result<(), Failure> {
 }
 
 /// Where a program is, by PATH and the system directories that a user's PATH often lacks.
-fn find_program(name: &str) -> Option<PathBuf> {
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut places: Vec<PathBuf> = std::env::split_paths(&path).collect();
     places.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));

@@ -1,6 +1,6 @@
 //! The server in every pod and on every node of a lab: answers TCP, UDP and HTTP with its name
 //! and the source address it saw; a TCP client that says "stay" is answered once a line until it
-//! leaves. Usage: `lockstep-pod NAME PORT...`.
+//! leaves. Usage: `lockstep-pod NAME PORT... [--sctp]`; with the flag, SCTP is answered as TCP is.
 #![forbid(unsafe_code)]
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -9,19 +9,29 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lockstep_integration::traffic::{STAY, answer};
+use lockstep_integration::guest::patient;
+use lockstep_integration::traffic::{STAY, answer, listen_sctp};
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let name = arguments.next().context("usage: lockstep-pod NAME PORT...")?;
+    let (flags, words): (Vec<String>, Vec<String>) =
+        std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
+    let sctp = flags.iter().any(|flag| flag == "--sctp");
+    let mut words = words.into_iter();
+    let name = words.next().context("usage: lockstep-pod NAME PORT... [--sctp]")?;
     let mut servers = Vec::new();
-    for port in arguments {
+    for port in words {
         let port: u16 = port.parse().with_context(|| port.clone())?;
         // Both families on one socket.
         let tcp = TcpListener::bind(("::", port))?;
         let udp = UdpSocket::bind(("::", port))?;
-        let tcp_name = name.clone();
-        servers.push(thread::spawn(move || answer_tcp(&tcp_name, &tcp)));
+        let mut listeners = vec![tcp];
+        if sctp {
+            listeners.push(listen_sctp(port)?);
+        }
+        for listener in listeners {
+            let name = name.clone();
+            servers.push(thread::spawn(move || answer_streams(&name, &listener)));
+        }
         let udp_name = name.clone();
         servers.push(thread::spawn(move || answer_udp(&udp_name, &udp)));
     }
@@ -34,7 +44,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn answer_tcp(name: &str, socket: &TcpListener) {
+fn answer_streams(name: &str, socket: &TcpListener) {
     for stream in socket.incoming().flatten() {
         let name = name.to_owned();
         // A client that is gone before its answer is no fault of the server.
@@ -63,7 +73,7 @@ fn load(request: &[u8]) -> Option<(usize, &[u8])> {
 fn serve(name: &str, mut stream: TcpStream) -> std::io::Result<()> {
     let text = answer(name, stream.peer_addr()?);
     // Who says nothing is answered all the same; who says something may be slow, where much runs.
-    stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+    stream.set_read_timeout(Some(patient(Duration::from_secs(1))))?;
     let mut request = [0; 4096];
     let length = stream.read(&mut request).unwrap_or(0);
     if request[..length].starts_with(STAY) {

@@ -96,6 +96,7 @@ impl Plans {
             protocol: match transport {
                 Transport::Tcp => Protocol::Tcp,
                 Transport::Udp => Protocol::Udp,
+                Transport::Sctp => Protocol::Sctp,
             },
         };
         let first = first_node(from, to.ip());

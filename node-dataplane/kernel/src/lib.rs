@@ -24,6 +24,7 @@ pub mod memory;
 pub mod netlink;
 pub mod netns;
 pub mod nf_tables;
+pub mod refusals;
 mod release;
 pub mod route;
 pub mod sysctl;

@@ -1,0 +1,256 @@
+//! The parts of `cargo xtask vm test`: test programs that run in one guest, one after the other.
+
+use std::path::Path;
+
+use super::contents::Contents;
+use super::kernel::Kernel;
+use super::{Options, boot, environment, prepare, quoted};
+use crate::build::{self, Selection, Target, TestProgram};
+use crate::parts::INTEGRATION;
+use crate::process::{Failure, broken};
+use crate::setup;
+use crate::summary::{Counter, Outcome, Summary};
+
+/// Something that can be tested alone in a guest.
+pub(crate) struct Part {
+    /// Name on the command line.
+    pub(crate) name: &'static str,
+    /// What it shows.
+    pub(crate) about: &'static str,
+    tests: Tests,
+}
+
+enum Tests {
+    /// A file in `tests/` of `integration`.
+    Integration(&'static str),
+    /// `tests/` of every crate that has a feature `guest`: what needs this kernel. Tests that run on
+    /// every kernel run too, on an older one for once.
+    Crates,
+}
+
+/// Every part.
+pub(crate) const PARTS: &[Part] = &[
+    Part { name: "crates", about: "crates with a feature `guest`, from outside", tests: Tests::Crates },
+    Part {
+        name: "packets",
+        about: "every scenario with real packets, every mode, also those that need what the host lacks",
+        tests: Tests::Integration("scenarios"),
+    },
+];
+
+/// Programs of the product and of `integration` that tests start.
+const STARTED: &[&str] = &["lockstep-control-plane", "lockstep-node", "lockstep-pod", "lockstepctl"];
+
+/// Longest time for one test program, in seconds.
+const TIME_LIMIT: &str = "2400";
+
+/// Before what the guest says about its own progress.
+const SIGN: &str = "lockstep-vm: ";
+
+/// Where built test programs come from.
+pub(crate) type Builder<'a> = dyn FnMut(&Selection) -> Result<Vec<TestProgram>, Failure> + 'a;
+
+/// Runs the named parts, or all. What comes after `--` goes to every test program: which tests to run.
+pub(crate) fn test(options: &Options, arguments: &[String]) -> Result<(), Failure> {
+    let mut halves = arguments.splitn(2, |argument| argument == "--");
+    let (names, filters) = (halves.next().unwrap_or_default(), halves.next().unwrap_or_default());
+    let mut chosen: Vec<&Part> = Vec::new();
+    for name in names {
+        match PARTS.iter().find(|part| part.name == name) {
+            Some(part) => chosen.push(part),
+            None => return Err(Failure::Usage(format!("unknown part `{name}` of vm test"))),
+        }
+    }
+    if chosen.is_empty() {
+        chosen.extend(PARTS);
+    }
+    let mut summary = Summary::default();
+    crate::parts::timed(&mut summary, "guest", |outcome| {
+        run(options, &chosen, filters, &mut build::tests, outcome)
+    });
+    println!("{}", summary.text().trim_end());
+    if summary.good() { Ok(()) } else { broken("not everything passed") }
+}
+
+/// Runs every part, as one of the parts of `cargo xtask test`.
+pub(crate) fn into(built: &mut Builder<'_>, outcome: &mut Outcome) -> Result<(), Failure> {
+    let options = Options { limits: super::LIMITS, with: Vec::new() };
+    run(&options, &PARTS.iter().collect::<Vec<_>>(), &[], built, outcome)
+}
+
+fn run(
+    options: &Options,
+    parts: &[&Part],
+    filters: &[String],
+    built: &mut Builder<'_>,
+    outcome: &mut Outcome,
+) -> Result<(), Failure> {
+    setup::packages()?;
+    setup::guest_packages()?;
+    let kernel = Kernel::get()?;
+    let mut programs = Vec::new();
+    for part in parts {
+        programs.extend(part.programs(built)?);
+    }
+    if programs.is_empty() {
+        println!("no test program is there to be run");
+        return Ok(());
+    }
+    let mut contents = prepare(&kernel, &options.with)?;
+    if programs.iter().any(|program| program.package == INTEGRATION) {
+        for name in STARTED {
+            contents.add(&build::program(name))?;
+        }
+    }
+    add_tests(&mut contents, &programs, filters)?;
+    println!("starting a guest with kernel {}", kernel.release);
+    let mut report = Report::new(&programs, outcome);
+    let status = boot::boot(&kernel, contents, options.limits, Some(&mut |chunk: &[u8]| report.take(chunk)));
+    report.end();
+    match status? {
+        0 => Ok(()),
+        status => broken(format!("the guest's list of tests ended with {status}")),
+    }
+}
+
+impl Part {
+    fn programs(&self, built: &mut Builder<'_>) -> Result<Vec<TestProgram>, Failure> {
+        match self.tests {
+            Tests::Crates => build::guest_tests(),
+            Tests::Integration(name) => {
+                let names = vec![name.to_owned()];
+                let mut programs = built(&Selection::Files { names, programs: true })?;
+                programs.retain(|program| {
+                    program.package == INTEGRATION
+                        && program.name == name
+                        && program.target == Target::Outside
+                });
+                Ok(programs)
+            }
+        }
+    }
+}
+
+/// The programs, and a command that runs one after the other and says where it is.
+fn add_tests(contents: &mut Contents, programs: &[TestProgram], filters: &[String]) -> Result<(), Failure> {
+    let filters: Vec<String> = filters.iter().map(|filter| quoted(filter)).collect();
+    let mut script = environment();
+    for (index, program) in programs.iter().enumerate() {
+        contents.add(&program.executable)?;
+        let directory = quoted(&program.directory.to_string_lossy());
+        script.push_str(&format!(
+            "echo '{SIGN}begin {index}'\n\
+             cd {directory}\n\
+             CARGO_MANIFEST_DIR={directory} timeout --foreground --kill-after=10 {TIME_LIMIT} {} --show-output {}\n\
+             printf '\\n{SIGN}end {index} %s\\n' $?\n",
+            quoted(&program.executable.to_string_lossy()),
+            filters.join(" ")
+        ));
+    }
+    script.push_str("exit 0\n");
+    contents.add_text(Path::new("/command"), script);
+    Ok(())
+}
+
+/// Shows what a guest says, and counts.
+struct Report<'a> {
+    programs: &'a [TestProgram],
+    outcome: &'a mut Outcome,
+    /// Without its end yet.
+    line: Vec<u8>,
+    /// Which program runs, and what it said.
+    running: Option<(String, Counter)>,
+}
+
+impl<'a> Report<'a> {
+    fn new(programs: &'a [TestProgram], outcome: &'a mut Outcome) -> Self {
+        Self { programs, outcome, line: Vec::new(), running: None }
+    }
+
+    fn take(&mut self, chunk: &[u8]) {
+        for byte in chunk {
+            if *byte == b'\n' {
+                let line = std::mem::take(&mut self.line);
+                self.whole(String::from_utf8_lossy(&line).trim_end_matches('\r'));
+            } else {
+                self.line.push(*byte);
+            }
+        }
+    }
+
+    fn whole(&mut self, line: &str) {
+        let words: Vec<&str> = line.strip_prefix(SIGN).unwrap_or_default().split(' ').collect();
+        match (words.as_slice(), &mut self.running) {
+            (["begin", index], _) => {
+                let name = self.name(index);
+                println!("\n-- {name}, in the guest");
+                self.running = Some((name, Counter::default()));
+            }
+            (["end", _, status], _) => self.finish(*status == "0"),
+            (_, running) => {
+                println!("{line}");
+                if let Some((_, counter)) = running {
+                    counter.line(line);
+                }
+            }
+        }
+    }
+
+    fn name(&self, index: &str) -> String {
+        let program = index.parse().ok().and_then(|index: usize| self.programs.get(index));
+        program.map_or_else(|| index.to_owned(), |program| format!("{} {}", program.package, program.name))
+    }
+
+    fn finish(&mut self, success: bool) {
+        if let Some((name, counter)) = self.running.take() {
+            counter.add_to(self.outcome, &format!("{name}, in the guest"), success);
+        }
+    }
+
+    /// There is no guest any more: what ran until then has failed.
+    fn end(&mut self) {
+        self.finish(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn outcome_of(said: &str) -> Outcome {
+        let program = TestProgram {
+            package: "lockstep-kernel".to_owned(),
+            target: Target::Outside,
+            name: "ipvs".to_owned(),
+            executable: PathBuf::new(),
+            directory: PathBuf::new(),
+        };
+        let mut outcome = Outcome::default();
+        let programs = [program];
+        let mut report = Report::new(&programs, &mut outcome);
+        // As a serial line brings it: in pieces.
+        for piece in said.as_bytes().chunks(7) {
+            report.take(piece);
+        }
+        report.end();
+        outcome
+    }
+
+    #[test]
+    fn tests_are_counted_for_their_program() {
+        let outcome = outcome_of(
+            "lockstep-vm: begin 0\ntest a ... ok\ntest b ... FAILED\n\
+             test result: FAILED. 1 passed; 1 failed; 0 ignored\n\nlockstep-vm: end 0 101\n",
+        );
+        assert_eq!(outcome.passed, 1);
+        assert_eq!(outcome.failed, ["lockstep-kernel ipvs, in the guest: b"]);
+    }
+
+    #[test]
+    fn a_program_that_a_guest_died_with_has_failed() {
+        let outcome = outcome_of("lockstep-vm: begin 0\ntest a ... ok\n");
+        assert_eq!(outcome.failed, ["lockstep-kernel ipvs, in the guest: ended early"]);
+    }
+}
