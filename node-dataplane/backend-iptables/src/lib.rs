@@ -57,10 +57,15 @@ mod tests;
 use std::sync::Arc;
 
 use lockstep_kernel::exec::Run;
-use lockstep_xtables::{Flavour, ToolError};
+use lockstep_xtables::{Flavour, Table, ToolError};
 
 pub use backend::Iptables;
 pub use choose::{detect, probe};
+
+/// True for the chains of this mode, some of which IPVS mode has under the same name.
+pub fn is_chain(table: Table, chain: &str) -> bool {
+    names::is_ours(table, chain)
+}
 
 /// Removes what is ours in a flavour, which is everything of a kube-proxy too, and nothing else. Tries
 /// nothing out and makes no table: a host that does not use this flavour is left without a trace. Returns

@@ -176,6 +176,7 @@ impl<N: Netfilter> Backend for Nftables<N> {
             families: Family::ALL.to_vec(),
             features: contents::FEATURES.to_vec(),
             node_port_addresses: NodePortAddresses::Primary,
+            one_pool: false,
             localhost_node_ports: Err("nftables mode has none, as kube-proxy's has none".to_owned()),
         }
     }

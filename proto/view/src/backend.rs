@@ -54,6 +54,12 @@ pub trait Backend {
     /// go, so a set of 100,000 elements takes as long as it takes, some 50 ms.
     fn audit(&mut self, budget: Duration) -> Result<Audit, BackendError>;
 
+    /// Work that time brings: what is no longer wanted and stayed for its connections goes. Cheap:
+    /// called several times a second, between writes.
+    fn tend(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Removes everything of ours and nothing else. Returns how many objects that were.
     fn cleanup(&mut self) -> Result<usize, BackendError>;
 }
@@ -61,7 +67,7 @@ pub trait Backend {
 /// What a backend is and can do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Description {
-    /// Mode name as on the command line: `nftables`, `iptables`.
+    /// Mode name as on the command line: `nftables`, `iptables`, `ipvs`.
     pub mode: &'static str,
     /// Flavour and version, for people: `legacy 1.8.9`.
     pub version: String,
@@ -71,6 +77,9 @@ pub struct Description {
     pub features: Vec<Feature>,
     /// Where node ports answer unless the operator says otherwise: where kube-proxy's do in this mode.
     pub node_port_addresses: NodePortAddresses,
+    /// It knows one pool per address and port, whoever asks. Then those that externalTrafficPolicy
+    /// Local sends to the endpoints of this node have everybody with them, pods and the node too.
+    pub one_pool: bool,
     /// Whether it can let node ports answer at loopback addresses of IPv4; if not, why.
     pub localhost_node_ports: Result<(), String>,
 }

@@ -23,6 +23,9 @@ pub struct ViewConfig {
     pub localhost_node_ports: bool,
     /// Masquerade everything that is sent to a cluster IP.
     pub masquerade_all: bool,
+    /// All sources of a frontend are sent to the same pool, see
+    /// [`Description::one_pool`](crate::backend::Description::one_pool).
+    pub one_pool: bool,
     /// The bit of the packet mark that means "masquerade", 0 to 31.
     pub masquerade_bit: u8,
 }
@@ -71,6 +74,8 @@ pub struct Facts {
     pub tells_remote_pods: bool,
     /// Masquerade everything that is sent to a cluster IP.
     pub masquerade_all: bool,
+    /// All sources of a frontend are sent to the same pool.
+    pub one_pool: bool,
 }
 
 impl ViewConfig {
@@ -83,6 +88,7 @@ impl ViewConfig {
             node_port_addresses: NodePortAddresses::AllLocal,
             localhost_node_ports: false,
             masquerade_all: false,
+            one_pool: false,
             masquerade_bit: 14,
         }
     }
@@ -181,6 +187,7 @@ impl Facts {
             // The node's own ranges and interfaces tell its own pods; all others are elsewhere.
             tells_remote_pods: matches!(config.detect_local, DetectLocal::ClusterCidrs(_)),
             masquerade_all: config.masquerade_all,
+            one_pool: config.one_pool,
         }
     }
 

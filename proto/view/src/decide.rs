@@ -15,6 +15,8 @@ pub struct Situation {
     pub tells_pods: bool,
     /// Masquerade everything that is sent to a cluster IP.
     pub masquerade_all: bool,
+    /// All sources of a frontend are sent to the same pool.
+    pub one_pool: bool,
 }
 
 /// Actions for the three classes of sources.
@@ -50,22 +52,24 @@ pub fn internal(policy: TrafficPolicy, it: Situation) -> Verdicts {
 
 /// Verdicts on every other address. Policy Cluster hides the client always, pods included.
 /// Policy Local keeps it, and sends traffic that starts on a node or in a pod to the whole
-/// cluster, as if it had gone out to the load balancer and come back.
+/// cluster, as if it had gone out to the load balancer and come back; with one pool only, that is
+/// so where no endpoint is local.
 pub fn external(policy: TrafficPolicy, it: Situation) -> Verdicts {
     if !it.any_usable {
         return Verdicts::all(Action::Reject);
     }
-    let cluster = |masquerade| Action::Forward { pool: Pool::Cluster, masquerade };
     match policy {
-        TrafficPolicy::Cluster => Verdicts::all(cluster(true)),
+        TrafficPolicy::Cluster => Verdicts::all(Action::Forward { pool: Pool::Cluster, masquerade: true }),
         TrafficPolicy::Local => {
             let from_elsewhere = if it.any_local {
                 Action::Forward { pool: Pool::Local, masquerade: false }
             } else {
                 Action::Drop
             };
-            let from_pod = if it.tells_pods { cluster(false) } else { from_elsewhere };
-            Verdicts { from_pod, from_node: cluster(true), from_elsewhere }
+            let pool = if it.one_pool && it.any_local { Pool::Local } else { Pool::Cluster };
+            let inside = |masquerade| Action::Forward { pool, masquerade };
+            let from_pod = if it.tells_pods { inside(false) } else { from_elsewhere };
+            Verdicts { from_pod, from_node: inside(true), from_elsewhere }
         }
     }
 }

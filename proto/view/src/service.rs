@@ -108,6 +108,7 @@ fn port_plan(
         any_local: !local.is_empty(),
         tells_pods: facts.tells_pods(family),
         masquerade_all: facts.masquerade_all,
+        one_pool: facts.one_pool,
     };
     let internal = decide::internal(service.internal_traffic_policy, situation);
     let external = decide::external(service.external_traffic_policy, situation);

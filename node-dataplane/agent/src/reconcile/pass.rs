@@ -311,6 +311,9 @@ impl Reconciler {
 
     /// Looks for changes that somebody else made, and for those nobody saw happen.
     pub(super) fn look_around(&mut self, now: Now) {
+        if let Err(error) = self.backend.tend() {
+            return self.refused(&error, None, None);
+        }
         if self.pace.look_due(now.monotonic) {
             match self.backend.disturbed() {
                 Ok(false) => {}

@@ -12,7 +12,7 @@ const LOCAL: Action = Forward { pool: Pool::Local, masquerade: false };
 const LOCAL_MASQ: Action = Forward { pool: Pool::Local, masquerade: true };
 
 fn at(any_usable: bool, any_local: bool, tells_pods: bool, masquerade_all: bool) -> Situation {
-    Situation { any_usable, any_local, tells_pods, masquerade_all }
+    Situation { any_usable, any_local, tells_pods, masquerade_all, one_pool: false }
 }
 
 fn are(from_pod: Action, from_node: Action, from_elsewhere: Action) -> Verdicts {
@@ -73,5 +73,20 @@ fn external_policy_local_short_circuits_pods_and_the_node() {
             let situation = at(true, any_local, tells_pods, all);
             assert_eq!(external(Local, situation), expected, "{situation:?}");
         }
+    }
+}
+
+#[test]
+fn with_one_pool_the_local_one_is_everybodys_where_there_is_one() {
+    for (any_local, tells_pods, expected) in [
+        (true, true, are(LOCAL, LOCAL_MASQ, LOCAL)),
+        (true, false, are(LOCAL, LOCAL_MASQ, LOCAL)),
+        (false, true, are(CLUSTER, CLUSTER_MASQ, Drop)),
+        (false, false, are(Drop, CLUSTER_MASQ, Drop)),
+    ] {
+        let situation = Situation { one_pool: true, ..at(true, any_local, tells_pods, false) };
+        assert_eq!(external(Local, situation), expected);
+        assert_eq!(external(Cluster, situation), external(Cluster, at(true, any_local, tells_pods, false)));
+        assert_eq!(internal(Local, situation), internal(Local, at(true, any_local, tells_pods, false)));
     }
 }

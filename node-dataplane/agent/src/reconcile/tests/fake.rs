@@ -8,7 +8,7 @@ use lockstep_model::{Family, Feature, ServiceKey};
 use lockstep_view::backend::{Applied, Audit, BackendError, Description, Drift, FailureKind, ServiceFailure};
 use lockstep_view::{Backend, ForwardingPlan, NodePortAddresses, ServicePlan};
 
-use crate::mode::Interface;
+use crate::mode::Remains;
 use crate::reconcile::RemoveOthers;
 
 /// What a kernel holds, and how it will misbehave.
@@ -48,14 +48,14 @@ impl Kernel {
         Box::new(move || {
             let mut kernel = kernel.lock();
             if kernel.others == 0 {
-                return vec![(Interface::Nftables, Ok(0))];
+                return vec![(Remains::Nftables, Ok(0))];
             }
             kernel.calls.push("remove others".to_owned());
             if kernel.keep_others > 0 {
                 kernel.keep_others -= 1;
-                return vec![(Interface::Nftables, Err(anyhow::anyhow!("locked on purpose")))];
+                return vec![(Remains::Nftables, Err(anyhow::anyhow!("locked on purpose")))];
             }
-            vec![(Interface::Nftables, Ok(std::mem::take(&mut kernel.others)))]
+            vec![(Remains::Nftables, Ok(std::mem::take(&mut kernel.others)))]
         })
     }
 }
@@ -120,6 +120,7 @@ impl Backend for FakeBackend {
             families: Family::ALL.to_vec(),
             features: vec![Feature::Sctp],
             node_port_addresses: NodePortAddresses::AllLocal,
+            one_pool: false,
             localhost_node_ports: Ok(()),
         }
     }
