@@ -7,6 +7,8 @@ pub struct Errno(pub i32);
 impl Errno {
     /// The object that was named does not exist.
     pub const NOENT: Errno = Errno(libc::ENOENT);
+    /// What the object is in does not exist, such as a virtual server of IPVS.
+    pub const SRCH: Errno = Errno(libc::ESRCH);
     /// The object exists already.
     pub const EXIST: Errno = Errno(libc::EEXIST);
     /// The set is full.
