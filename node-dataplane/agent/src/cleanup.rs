@@ -2,19 +2,15 @@
 
 use std::process::ExitCode;
 
-use crate::config::{CleanupArguments, EXIT_FAILED, EXIT_NOT_BUILT, Mode};
+use crate::config::{CleanupArguments, EXIT_FAILED, Mode};
 use crate::mode;
 
 /// The chore, from its flags to its exit code. Goes on after a failure, so that one mode does
 /// not keep the rules of another.
 pub fn main(arguments: &CleanupArguments) -> ExitCode {
     arguments.log_format.install();
-    if arguments.mode == Some(Mode::Ipvs) {
-        tracing::error!("--mode ipvs is not built yet, so there is nothing of it to remove");
-        return ExitCode::from(EXIT_NOT_BUILT);
-    }
     let mut failed = false;
-    for (what, outcome) in mode::remove(arguments.mode.unwrap_or(Mode::Auto)) {
+    for (what, outcome) in mode::remove(arguments.mode.unwrap_or(Mode::Auto), &arguments.ipvs.exclude_cidrs) {
         match outcome {
             Ok(0) => tracing::info!("{what}: nothing of ours was there"),
             Ok(objects) => tracing::info!(objects, "{what}: removed everything of ours"),

@@ -9,14 +9,17 @@ use anyhow::{Context, bail};
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+use lockstep_backend_ipvs::Options;
 use lockstep_client::transport::{ConfigError, Files, Security, Servers};
 use lockstep_view::{DetectLocal, NodePortAddresses};
 use tracing_subscriber::EnvFilter;
 
 use crate::conntrack::settings::Settings;
 
+mod ipvs;
 mod pods;
 
+pub use ipvs::IpvsFlags;
 pub use pods::{DetectLocalMode, PodFlags};
 
 /// The configuration cannot be used.
@@ -24,8 +27,6 @@ pub const EXIT_CONFIG: u8 = 2;
 /// This node or its kernel cannot do what is asked: no mode works, another agent uses the state
 /// directory.
 pub const EXIT_UNUSABLE: u8 = 3;
-/// The mode exists in name only.
-pub const EXIT_NOT_BUILT: u8 = 4;
 /// The agent itself failed.
 pub const EXIT_FAILED: u8 = 1;
 
@@ -39,7 +40,6 @@ Exit codes:
   1  the agent failed, or cleanup could not remove everything
   2  a flag or a file it names cannot be used; nothing was touched
   3  this node cannot do it: no mode works, or another agent has the state directory
-  4  --mode ipvs is not built yet
   130  ended at once by a second signal";
 
 /// Programs Kubernetes Services on this node, as a Lockstep control plane tells it.
@@ -67,9 +67,25 @@ pub struct CleanupArguments {
     /// What to remove: only the rules of this mode. Without it: of every mode.
     #[arg(long, env = "LOCKSTEP_MODE")]
     pub mode: Option<Mode>,
+    /// As the agent's.
+    #[command(flatten)]
+    pub ipvs: CleanupIpvs,
     /// How logs are written.
     #[arg(long, env = "LOCKSTEP_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+}
+
+/// What `cleanup` has to know of IPVS mode.
+#[derive(Debug, Args)]
+pub struct CleanupIpvs {
+    /// Virtual servers in these ranges are somebody else's and stay as they are.
+    #[arg(
+        long = "ipvs-exclude-cidrs",
+        env = "LOCKSTEP_IPVS_EXCLUDE_CIDRS",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
+    pub exclude_cidrs: Vec<IpNet>,
 }
 
 /// Flags of the agent.
@@ -82,6 +98,7 @@ pub struct RunArguments {
     #[arg(long, env = "LOCKSTEP_NODE_NAME", value_name = "NAME")]
     pub node_name: Option<String>,
     /// How the kernel is programmed. auto: nftables where a real transaction works, else iptables.
+    /// ipvs is never chosen by itself.
     #[arg(long, env = "LOCKSTEP_MODE", default_value = "auto")]
     pub mode: Mode,
     /// Which iptables. auto: the one that already holds rules on this host.
@@ -91,8 +108,8 @@ pub struct RunArguments {
     #[command(flatten)]
     pub pods: PodFlags,
     /// Where node ports answer: at the node's addresses inside these CIDRs, or `primary`: at the
-    /// first address of its Node object. Default: every local address in iptables mode, primary in
-    /// nftables mode.
+    /// first address of its Node object. Default: every local address in iptables and IPVS mode,
+    /// primary in nftables mode.
     #[arg(
         long,
         env = "LOCKSTEP_NODEPORT_ADDRESSES",
@@ -114,6 +131,9 @@ pub struct RunArguments {
         value_name = "BOOL"
     )]
     pub iptables_localhost_nodeports: bool,
+    /// Settings of IPVS mode.
+    #[command(flatten)]
+    pub ipvs: IpvsFlags,
     /// Masquerades everything that is sent to a cluster IP.
     #[arg(long, env = "LOCKSTEP_MASQUERADE_ALL", value_parser = BoolishValueParser::new())]
     pub masquerade_all: bool,
@@ -165,7 +185,7 @@ pub enum Mode {
     Nftables,
     /// iptables chains of kube-proxy's shape.
     Iptables,
-    /// IPVS; not built yet.
+    /// IPVS, ipsets and the interface kube-ipvs0.
     Ipvs,
 }
 
@@ -200,6 +220,8 @@ pub struct Config {
     pub mode: Mode,
     /// As on the command line.
     pub iptables_flavour: IptablesFlavour,
+    /// Settings of IPVS mode.
+    pub ipvs: Options,
     /// How pods are told from others.
     pub detect_local: DetectLocal,
     /// Where node ports answer; `None` = where the backend's mode has them.
@@ -238,6 +260,7 @@ impl RunArguments {
             servers: self.servers()?,
             mode: self.mode,
             iptables_flavour: self.iptables_flavour,
+            ipvs: self.ipvs.options(),
             detect_local: self.pods.check()?,
             nodeport_addresses: self.nodeport_addresses()?,
             localhost_nodeports: self.iptables_localhost_nodeports,

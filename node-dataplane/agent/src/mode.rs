@@ -3,9 +3,12 @@
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+use ipnet::IpNet;
 use lockstep_backend_iptables::{Iptables, detect, probe};
+use lockstep_backend_ipvs::{Draining, Goes, Ipvs, Options, Removed};
 use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::exec::{Processes, Run};
 use lockstep_kernel::nf_tables::{self, Kernel};
@@ -13,12 +16,14 @@ use lockstep_kernel::{Errno, netlink};
 use lockstep_model::NodeContext;
 use lockstep_view::backend::Description;
 use lockstep_view::{Backend, ViewConfig};
-use lockstep_xtables::{Choice, Flavour};
+use lockstep_xtables::{Choice, Flavour, Table};
 
 use crate::config::{Config, IptablesFlavour, Mode};
 
 /// [`Description::mode`] of the backend to which the flags `--iptables-*` speak.
-const IPTABLES: &str = "iptables";
+pub(crate) const IPTABLES: &str = "iptables";
+/// [`Description::mode`] of IPVS.
+pub(crate) const IPVS: &str = "ipvs";
 /// The table of a kube-proxy in nftables mode, in each family.
 const KUBE_PROXY_TABLE: &str = "kube-proxy";
 
@@ -37,36 +42,119 @@ pub enum Interface {
     Nftables,
     /// Chains of kube-proxy's names.
     Iptables(Flavour),
+    /// IPVS, its sets and interface, and chains in one flavour of iptables.
+    Ipvs(Flavour),
 }
 
 impl Interface {
-    const ALL: [Interface; 3] =
-        [Interface::Nftables, Interface::Iptables(Flavour::Legacy), Interface::Iptables(Flavour::Nft)];
-
-    /// Removes what is ours there. Returns the number of objects that are gone.
-    fn remove(self) -> anyhow::Result<usize> {
+    /// True for a chain that this mode writes, and so keeps when it removes another's.
+    fn keeps(self, flavour: Flavour, table: Table, chain: &str) -> bool {
         match self {
-            Interface::Nftables if kube_proxy_tables()?.is_none() => Ok(0),
-            Interface::Nftables => Ok(Nftables::open()?.cleanup()?),
-            Interface::Iptables(flavour) => {
-                Ok(lockstep_backend_iptables::remove(&(Arc::new(Processes) as _), flavour)?)
+            Interface::Nftables => false,
+            Interface::Iptables(of) => of == flavour && lockstep_backend_iptables::is_chain(table, chain),
+            Interface::Ipvs(of) => of == flavour && lockstep_backend_ipvs::is_chain(table, chain),
+        }
+    }
+}
+
+/// What is removed by itself, each with its own tool or socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remains {
+    /// Virtual servers, sets, the interface and their chains. Comes first: chains of it lead to
+    /// chains that iptables mode has under the same name.
+    Ipvs,
+    /// Our tables of nf_tables.
+    Nftables,
+    /// Chains of kube-proxy's names.
+    Iptables(Flavour),
+}
+
+impl Remains {
+    const ALL: [Remains; 4] = [
+        Remains::Ipvs,
+        Remains::Nftables,
+        Remains::Iptables(Flavour::Legacy),
+        Remains::Iptables(Flavour::Nft),
+    ];
+
+    /// Removes it, but for chains of `chosen`. Returns the number of objects that are gone.
+    fn remove(self, chosen: Option<Interface>, ipvs: &LeaveIpvs) -> anyhow::Result<usize> {
+        let run: Arc<dyn Run> = Arc::new(Processes);
+        let goes = |flavour, table, chain: &str| {
+            let ours = lockstep_backend_iptables::is_chain(table, chain)
+                || lockstep_backend_ipvs::is_chain(table, chain);
+            ours && !chosen.is_some_and(|chosen| chosen.keeps(flavour, table, chain))
+        };
+        match self {
+            Remains::Ipvs => ipvs.remove(&run, &goes),
+            Remains::Nftables if kube_proxy_tables()?.is_none() => Ok(0),
+            Remains::Nftables => Ok(Nftables::open()?.cleanup()?),
+            Remains::Iptables(flavour) => {
+                Ok(lockstep_xtables::remove(&run, flavour, &|table, chain| goes(flavour, table, chain))?)
             }
         }
     }
 }
 
-impl fmt::Display for Interface {
+/// How IPVS mode is left.
+#[derive(Debug, Clone)]
+pub struct LeaveIpvs {
+    /// Virtual servers in these ranges stay.
+    pub exclude: Vec<IpNet>,
+    /// How long connections may go on; `None` = they are cut.
+    pub drain: Option<Duration>,
+}
+
+impl LeaveIpvs {
+    fn remove(&self, run: &Arc<dyn Run>, goes: &Goes<'_>) -> anyhow::Result<usize> {
+        let Removed { objects, draining } =
+            lockstep_backend_ipvs::remove(run, &self.exclude, goes, self.drain)?;
+        if let Some(draining) = draining {
+            let virtual_servers = draining.left();
+            tracing::info!(
+                virtual_servers,
+                "IPVS keeps its connections; new ones do not come to it any more"
+            );
+            let thread = std::thread::Builder::new().name("ipvs-drain".to_owned());
+            thread.spawn(move || drain(draining)).context("thread that removes what is left of IPVS")?;
+        }
+        Ok(objects)
+    }
+}
+
+/// Ends when nothing is left of IPVS, or with the process: the next one begins again.
+fn drain(mut draining: Draining) {
+    const EVERY: Duration = Duration::from_secs(1);
+    let mut complained = false;
+    loop {
+        std::thread::sleep(EVERY);
+        match draining.tend() {
+            Ok(true) => {
+                return tracing::info!("the last connection of IPVS has ended; nothing is left of it");
+            }
+            Ok(false) => complained = false,
+            Err(error) => {
+                if !std::mem::replace(&mut complained, true) {
+                    tracing::warn!("{:#}; tried again", anyhow::Error::new(error));
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Display for Remains {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Interface::Nftables => f.write_str("nftables"),
-            Interface::Iptables(flavour) => write!(f, "iptables {flavour}"),
+            Remains::Ipvs => f.write_str("ipvs"),
+            Remains::Nftables => f.write_str("nftables"),
+            Remains::Iptables(flavour) => write!(f, "iptables {flavour}"),
         }
     }
 }
 
 /// Picks the backend for a mode. Every candidate runs a real transaction in a scratch table;
 /// the log says what was chosen and why.
-pub fn choose(mode: Mode, flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
+pub fn choose(mode: Mode, flavour: IptablesFlavour, options: &Options) -> anyhow::Result<Chosen> {
     match mode {
         Mode::Nftables => {
             let chosen = nftables().context("nftables does not work on this node")?;
@@ -90,7 +178,15 @@ pub fn choose(mode: Mode, flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
                 nftables().context("nftables, instead of iptables, does not work on this node either")
             }
         },
-        Mode::Ipvs => bail!("ipvs is not built yet"),
+        Mode::Ipvs => {
+            let chosen = ipvs(flavour, options).context("IPVS does not work on this node")?;
+            tracing::info!(
+                mode = "ipvs",
+                version = chosen.backend.describe().version,
+                "asked for, and a virtual server can be made"
+            );
+            Ok(chosen)
+        }
     }
 }
 
@@ -117,14 +213,27 @@ fn nftables() -> anyhow::Result<Chosen> {
 
 fn iptables(flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
     let run: Arc<dyn Run> = Arc::new(Processes);
+    let flavour = pick(&run, flavour)?;
+    let backend = Iptables::open(run, flavour)?;
+    Ok(Chosen { backend: Box::new(backend), interface: Interface::Iptables(flavour) })
+}
+
+fn ipvs(flavour: IptablesFlavour, options: &Options) -> anyhow::Result<Chosen> {
+    let run: Arc<dyn Run> = Arc::new(Processes);
+    let flavour = pick(&run, flavour)?;
+    let backend = Ipvs::open(&run, flavour, options.clone())?;
+    Ok(Chosen { backend: Box::new(backend), interface: Interface::Ipvs(flavour) })
+}
+
+/// A flavour in which a real transaction works.
+fn pick(run: &Arc<dyn Run>, flavour: IptablesFlavour) -> anyhow::Result<Flavour> {
     let choice = match flavour {
-        IptablesFlavour::Auto => detect(&run)?,
-        IptablesFlavour::Legacy => asked_for(&run, Flavour::Legacy)?,
-        IptablesFlavour::Nft => asked_for(&run, Flavour::Nft)?,
+        IptablesFlavour::Auto => detect(run)?,
+        IptablesFlavour::Legacy => asked_for(run, Flavour::Legacy)?,
+        IptablesFlavour::Nft => asked_for(run, Flavour::Nft)?,
     };
-    let backend = Iptables::open(run, choice.flavour)?;
     tracing::info!(flavour = %choice.flavour, reason = choice.reason, "iptables works");
-    Ok(Chosen { backend: Box::new(backend), interface: Interface::Iptables(choice.flavour) })
+    Ok(choice.flavour)
 }
 
 fn asked_for(run: &Arc<dyn Run>, flavour: Flavour) -> anyhow::Result<Choice> {
@@ -141,6 +250,7 @@ pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
         node_port_addresses: node_port_addresses.clone(),
         localhost_node_ports: config.localhost_nodeports,
         masquerade_all: config.masquerade_all,
+        one_pool: description.one_pool,
         masquerade_bit: config.masquerade_bit,
         ..ViewConfig::new(config.node_name.as_str())
     };
@@ -161,14 +271,17 @@ pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
 }
 
 /// Removes what is ours: of one mode, or (auto) of each. One outcome per kernel interface: the
-/// number of objects that were removed.
-pub fn remove(mode: Mode) -> Vec<(Interface, anyhow::Result<usize>)> {
-    remove_where(|interface| match mode {
+/// number of objects that were removed. `exclude`: virtual servers in these ranges stay.
+pub fn remove(mode: Mode, exclude: &[IpNet]) -> Vec<(Remains, anyhow::Result<usize>)> {
+    let wanted = |remains| match mode {
         Mode::Auto => true,
-        Mode::Nftables => interface == Interface::Nftables,
-        Mode::Iptables => interface != Interface::Nftables,
-        Mode::Ipvs => false,
-    })
+        Mode::Nftables => remains == Remains::Nftables,
+        Mode::Iptables => matches!(remains, Remains::Iptables(_)),
+        Mode::Ipvs => remains == Remains::Ipvs,
+    };
+    let ipvs = LeaveIpvs { exclude: exclude.to_vec(), drain: None };
+    let all = Remains::ALL.into_iter().filter(|remains| wanted(*remains));
+    all.map(|remains| (remains, remains.remove(None, &ipvs))).collect()
 }
 
 /// Removes what is ours everywhere but where `chosen` writes, and complains of a kube-proxy's
@@ -176,16 +289,17 @@ pub fn remove(mode: Mode) -> Vec<(Interface, anyhow::Result<usize>)> {
 ///
 /// Rules that an earlier process left in another mode translate the same addresses at the same
 /// hooks, by a state that nobody keeps up to date any more. So does a kube-proxy that went away
-/// without `kube-proxy --cleanup`; in iptables its chains are not told from ours, and it removes
+/// without `kube-proxy --cleanup`; in iptables and IPVS its chains are not told from ours, and it removes
 /// other modes' rules at its own start in the same way.
-pub fn remove_others(chosen: Interface) -> Vec<(Interface, anyhow::Result<usize>)> {
+pub fn remove_others(chosen: Interface, ipvs: &LeaveIpvs) -> Vec<(Remains, anyhow::Result<usize>)> {
     warn_of_kube_proxy();
-    remove_where(|interface| interface != chosen)
-}
-
-fn remove_where(wanted: impl Fn(Interface) -> bool) -> Vec<(Interface, anyhow::Result<usize>)> {
-    let interfaces = Interface::ALL.into_iter().filter(|interface| wanted(*interface));
-    interfaces.map(|interface| (interface, interface.remove())).collect()
+    let wanted = |remains| match chosen {
+        Interface::Nftables => remains != Remains::Nftables,
+        Interface::Iptables(flavour) => remains != Remains::Iptables(flavour),
+        Interface::Ipvs(_) => remains != Remains::Ipvs,
+    };
+    let all = Remains::ALL.into_iter().filter(|remains| wanted(*remains));
+    all.map(|remains| (remains, remains.remove(Some(chosen), ipvs))).collect()
 }
 
 fn warn_of_kube_proxy() {
@@ -238,6 +352,7 @@ mod tests {
             families: Family::ALL.to_vec(),
             features: Vec::new(),
             node_port_addresses: NodePortAddresses::AllLocal,
+            one_pool: false,
             localhost_node_ports: able,
         };
         view_config(&arguments.run.check().unwrap(), &description)

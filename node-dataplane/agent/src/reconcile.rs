@@ -42,7 +42,7 @@ use tokio::sync::mpsc;
 
 use crate::follow_up::FollowUp;
 use crate::metrics::{Changes, Metrics};
-use crate::mode::Interface;
+use crate::mode::Remains;
 use crate::status::Status;
 use failures::Failures;
 use pace::Pace;
@@ -78,7 +78,7 @@ impl From<transport::Event> for Event {
 
 /// Removes the rules that earlier processes left in other modes: one outcome per interface, the
 /// number of objects that are gone.
-pub type RemoveOthers = Box<dyn FnMut() -> Vec<(Interface, anyhow::Result<usize>)> + Send>;
+pub type RemoveOthers = Box<dyn FnMut() -> Vec<(Remains, anyhow::Result<usize>)> + Send>;
 
 /// The addresses of the node's interfaces, where they changed since the last call.
 pub type NewAddresses = Box<dyn FnMut() -> Option<Vec<IpAddr>> + Send>;

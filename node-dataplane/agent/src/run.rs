@@ -20,7 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
-use crate::config::{Config, EXIT_CONFIG, EXIT_FAILED, EXIT_NOT_BUILT, EXIT_UNUSABLE, Mode, RunArguments};
+use crate::config::{Config, EXIT_CONFIG, EXIT_FAILED, EXIT_UNUSABLE, RunArguments};
 use crate::conntrack::{self, Cutter};
 use crate::health_ports::HealthPorts;
 use crate::http;
@@ -41,10 +41,6 @@ const EXIT_SIGNAL: i32 = 130;
 /// The agent, from its flags to its exit code.
 pub fn main(arguments: &RunArguments) -> ExitCode {
     arguments.log_format.install();
-    if arguments.mode == Mode::Ipvs {
-        tracing::error!("--mode ipvs is not built yet; use auto, nftables or iptables");
-        return ExitCode::from(EXIT_NOT_BUILT);
-    }
     let config = match arguments.check() {
         Ok(config) => config,
         Err(error) => {
@@ -78,7 +74,7 @@ fn run(config: &Config) -> anyhow::Result<ExitCode> {
     };
     // The iptables backend looks at one of them.
     config.conntrack.apply();
-    let chosen = match mode::choose(config.mode, config.iptables_flavour) {
+    let chosen = match mode::choose(config.mode, config.iptables_flavour, &config.ipvs) {
         Ok(chosen) => chosen,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -118,9 +114,10 @@ async fn serve(
     let link = tokio::spawn(async move { transport::run(servers, &node, events).await });
 
     let view_config = mode::view_config(config, &description);
+    let leave_ipvs = mode::LeaveIpvs { exclude: config.ipvs.exclude.clone(), drain: Some(config.ipvs.drain) };
     let parts = Parts {
         backend,
-        remove_others: Some(Box::new(move || mode::remove_others(interface))),
+        remove_others: Some(Box::new(move || mode::remove_others(interface, &leave_ipvs))),
         new_addresses: new_addresses(&view_config)?,
         cache: Some(cache),
         restored,
@@ -225,8 +222,11 @@ fn identity(config: &Config, description: &Description, view_config: &ViewConfig
         Family::V4 => v1::AddressFamily::Ipv4 as i32,
         Family::V6 => v1::AddressFamily::Ipv6 as i32,
     });
-    let kind =
-        if description.mode == "iptables" { v1::BackendKind::Iptables } else { v1::BackendKind::Nftables };
+    let kind = match description.mode {
+        mode::IPTABLES => v1::BackendKind::Iptables,
+        mode::IPVS => v1::BackendKind::Ipvs,
+        _ => v1::BackendKind::Nftables,
+    };
     Identity {
         node_name: config.node_name.as_str().into(),
         instance_id: instance_id(),

@@ -128,7 +128,8 @@ fn whole_life(flavour: &Flavour) {
     until("the loss to be noticed", || !agent.status.snapshot().connected);
     assert_eq!(sorted(&sh(flavour.dump)), sorted(&programmed));
     agent.stop();
-    let removed: usize = mode::remove(flavour.mode).into_iter().map(|(_, outcome)| outcome.unwrap()).sum();
+    let removed: usize =
+        mode::remove(flavour.mode, &[]).into_iter().map(|(_, outcome)| outcome.unwrap()).sum();
     assert!(removed > 0);
     assert_eq!(sh(flavour.dump), untouched);
 }

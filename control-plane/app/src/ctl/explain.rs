@@ -53,10 +53,18 @@ struct Evidence {
 }
 
 impl Evidence {
-    /// True where the node's backend refuses other ports at cluster IPs, and drops what is sent to
-    /// addresses in a ServiceCIDR that no Service has.
+    fn backend(&self) -> v1::BackendKind {
+        self.node.backend.as_ref().map_or(v1::BackendKind::Unspecified, v1::Backend::kind)
+    }
+
+    /// True where the node's backend refuses other ports at cluster IPs.
     fn refuses_other_ports(&self) -> bool {
-        self.node.backend.as_ref().is_some_and(|backend| backend.kind() == v1::BackendKind::Nftables)
+        matches!(self.backend(), v1::BackendKind::Nftables | v1::BackendKind::Ipvs)
+    }
+
+    /// True where it drops what is sent to addresses in a ServiceCIDR that no Service has.
+    fn drops_unallocated(&self) -> bool {
+        self.backend() == v1::BackendKind::Nftables
     }
 }
 

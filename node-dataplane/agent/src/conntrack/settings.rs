@@ -118,7 +118,7 @@ fn note(key: &str, value: u64, result: Result<Ensured, SysctlError>, faults: &mu
 }
 
 /// `24h`, `1h30m`, `90s`, `0`: whole seconds, as the kernel takes them.
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     const FORM: &str = "is not a time like 24h, 1h30m or 90s";
     if text == "0" {
         return Ok(Duration::ZERO);

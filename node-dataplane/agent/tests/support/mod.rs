@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use lockstep_backend_ipvs::Options;
 use lockstep_client::cache::Cache;
 use lockstep_client::session::{Identity, Now};
 use lockstep_client::transport::{self, Security, Servers};
@@ -19,7 +20,7 @@ use lockstep_model::{
 };
 use lockstep_node::config::{IptablesFlavour, Mode};
 use lockstep_node::metrics::Metrics;
-use lockstep_node::mode;
+use lockstep_node::mode::{self, LeaveIpvs};
 use lockstep_node::reconcile::{Event, Parts, Reconciler};
 use lockstep_node::status::Status;
 use lockstep_server::{Config, Hub, Input, NodeInput, run_intake, serve};
@@ -30,6 +31,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
 const NODE: &str = "node-a";
+const LEAVE_IPVS: LeaveIpvs = LeaveIpvs { exclude: Vec::new(), drain: None };
 /// Nothing here takes this long unless it is broken.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// As the agent's own.
@@ -208,7 +210,7 @@ pub(crate) struct Agent {
 impl Agent {
     pub(crate) fn start(mode: Mode, flavour: IptablesFlavour, state: &Path, server: SocketAddr) -> Self {
         let (cache, restored) = Cache::open(state, NODE).unwrap();
-        let mode::Chosen { backend, interface } = mode::choose(mode, flavour).unwrap();
+        let mode::Chosen { backend, interface } = mode::choose(mode, flavour, &Options::default()).unwrap();
         let description = backend.describe();
         let (metrics, _) = Metrics::new(&description.families);
         let status = Arc::new(Status::default());
@@ -226,7 +228,7 @@ impl Agent {
         };
         let parts = Parts {
             backend,
-            remove_others: Some(Box::new(move || mode::remove_others(interface))),
+            remove_others: Some(Box::new(move || mode::remove_others(interface, &LEAVE_IPVS))),
             new_addresses: None,
             cache: Some(cache),
             restored,

@@ -360,7 +360,7 @@ fn candidate(
 fn verdict(evidence: &Evidence, verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::OtherPort if evidence.refuses_other_ports() => "Refused",
-        Verdict::Unallocated if evidence.refuses_other_ports() => "Dropped",
+        Verdict::Unallocated if evidence.drops_unallocated() => "Dropped",
         Verdict::LeftAlone | Verdict::OtherPort | Verdict::Unallocated => "LeftAlone",
         Verdict::SourceRefused => "DroppedBySourceRanges",
         Verdict::Decided(Action::Forward { .. }) => "Forwarded",

@@ -66,10 +66,11 @@ pub(super) fn masquerade(evidence: &Evidence, trace: &Trace<'_>, service: &Servi
 pub(super) fn behind(evidence: &Evidence, trace: &Trace<'_>) -> Option<String> {
     let packet = &evidence.packet;
     let behind = evidence.view.plan().node_port_behind(packet, &evidence.local)?;
-    let backend = evidence.node.backend.as_ref().map_or(v1::BackendKind::Unspecified, v1::Backend::kind);
     let place = std::net::SocketAddr::new(packet.destination, packet.port.get());
     let decides = format!("node port {} of {} decides instead", packet.port, behind.key());
-    match (trace.verdict, backend) {
+    match (trace.verdict, evidence.backend()) {
+        // There the address has a virtual server, which refuses by itself.
+        (_, v1::BackendKind::Ipvs) => None,
         (Verdict::Decided(Action::Reject), _) => {
             Some(format!("{decides}: without endpoints, the rules have nothing for {place} itself"))
         }

@@ -39,6 +39,7 @@ impl Told {
         if !families.is_empty() {
             config.families = families;
         }
+        config.one_pool = backend.kind() == v1::BackendKind::Ipvs;
         let Some(settings) = settings else {
             if backend.kind() == v1::BackendKind::Nftables {
                 config.node_port_addresses = NodePortAddresses::Primary;
