@@ -18,6 +18,7 @@ pub mod brain;
 pub mod cluster;
 pub mod drift;
 pub mod iptables;
+pub mod ipvs;
 pub mod kube_proxy;
 pub mod memory;
 pub mod node;

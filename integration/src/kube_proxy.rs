@@ -27,6 +27,7 @@ pub fn start_prompt(lab: &Lab, node: u8, mode: Mode, kubeconfig: &Path) -> Resul
         "clientConnection": {"kubeconfig": kubeconfig},
         "iptables": {"minSyncPeriod": PROMPT, "syncPeriod": "30s"},
         "nftables": {"minSyncPeriod": PROMPT, "syncPeriod": "30s"},
+        "ipvs": {"minSyncPeriod": PROMPT, "syncPeriod": "30s"},
         "conntrack": {"maxPerCore": 0, "min": 0},
     });
     let path = lab.directory().join(format!("{name}.json"));
@@ -54,6 +55,7 @@ fn proxy_mode(mode: Mode) -> &'static str {
     match mode {
         Mode::Nftables => "nftables",
         Mode::IptablesLegacy | Mode::IptablesNft => "iptables",
+        Mode::Ipvs => "ipvs",
     }
 }
 
@@ -61,7 +63,7 @@ fn spawn(lab: &Lab, name: &str, mode: Mode, mut command: Command) -> Result<Proc
     let flavour = match mode {
         Mode::Nftables => None,
         Mode::IptablesLegacy => Some("legacy"),
-        Mode::IptablesNft => Some("nft"),
+        Mode::IptablesNft | Mode::Ipvs => Some("nft"),
     };
     if let Some(flavour) = flavour {
         command.env("PATH", programs_of(lab, flavour)?);

@@ -37,6 +37,8 @@ pub enum Mode {
     IptablesLegacy,
     /// `--mode iptables --iptables-flavour nft`.
     IptablesNft,
+    /// `--mode ipvs`, its chains in the nft flavour. Only the guest's kernel is sure to have it.
+    Ipvs,
 }
 
 /// A program that runs inside a place. Killed with the value.
@@ -214,6 +216,7 @@ impl Product {
                 Mode::Nftables => (v1::BackendKind::Nftables, ""),
                 Mode::IptablesLegacy => (v1::BackendKind::Iptables, "legacy"),
                 Mode::IptablesNft => (v1::BackendKind::Iptables, "nft"),
+                Mode::Ipvs => (v1::BackendKind::Ipvs, "nft"),
             };
             ensure!(
                 backend.kind() == kind && backend.version.contains(flavour),
@@ -484,8 +487,13 @@ impl Drop for Process {
 }
 
 impl Mode {
-    /// All of them.
+    /// Those that every kernel has.
     pub const ALL: [Mode; 3] = [Mode::Nftables, Mode::IptablesLegacy, Mode::IptablesNft];
+
+    /// Those that this kernel is sure to have.
+    pub fn here() -> Vec<Mode> {
+        Mode::ALL.into_iter().chain(guest::is_here().then_some(Mode::Ipvs)).collect()
+    }
 
     /// Flags of the agent.
     pub fn flags(self) -> &'static [&'static str] {
@@ -493,6 +501,7 @@ impl Mode {
             Mode::Nftables => &["--mode", "nftables"],
             Mode::IptablesLegacy => &["--mode", "iptables", "--iptables-flavour", "legacy"],
             Mode::IptablesNft => &["--mode", "iptables", "--iptables-flavour", "nft"],
+            Mode::Ipvs => &["--mode", "ipvs", "--iptables-flavour", "nft"],
         }
     }
 
@@ -502,6 +511,7 @@ impl Mode {
             Mode::Nftables => "nftables",
             Mode::IptablesLegacy => "iptables-legacy",
             Mode::IptablesNft => "iptables-nft",
+            Mode::Ipvs => "ipvs",
         }
     }
 }

@@ -64,6 +64,8 @@ pub enum Mechanism {
     Nftables,
     /// iptables of either flavour.
     Iptables,
+    /// IPVS.
+    Ipvs,
 }
 
 /// What only the guest's kernel is sure to have.
@@ -173,6 +175,7 @@ impl Difference {
         let mechanism = match network.mode {
             Mode::Nftables => Mechanism::Nftables,
             Mode::IptablesLegacy | Mode::IptablesNft => Mechanism::Iptables,
+            Mode::Ipvs => Mechanism::Ipvs,
         };
         self.proxy.is_none_or(|proxy| proxy == network.proxy)
             && self.mode.is_none_or(|mode| mode == mechanism)

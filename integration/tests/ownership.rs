@@ -359,7 +359,7 @@ fn has_rules_of(product: &Product, mode: Mode) -> Result<bool> {
     let tools: [&[&str]; 2] = match mode {
         Mode::Nftables => [&["nft", "list", "tables"], &["nft", "list", "tables"]],
         Mode::IptablesLegacy => [&["iptables-legacy-save"], &["ip6tables-legacy-save"]],
-        Mode::IptablesNft => [&["iptables-nft-save"], &["ip6tables-nft-save"]],
+        Mode::IptablesNft | Mode::Ipvs => [&["iptables-nft-save"], &["ip6tables-nft-save"]],
     };
     let mut found = false;
     for tool in tools {

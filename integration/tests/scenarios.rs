@@ -22,14 +22,15 @@ fn main() -> ExitCode {
     let start = Instant::now();
     let (mut passed, mut failed) = (0, 0);
     std::thread::scope(|scope| {
-        let modes: Vec<_> = Mode::ALL
+        let modes: Vec<_> = Mode::here()
+            .into_iter()
             .map(|mode| {
                 scope.spawn({
                     let filters = &filters;
                     move || play(mode, filters)
                 })
             })
-            .into();
+            .collect();
         for mode in modes {
             let (good, bad) = mode.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             passed += good;

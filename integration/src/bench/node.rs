@@ -73,10 +73,10 @@ pub struct RawAlone {
 }
 
 /// The parts of an agent that stand between the stream and the kernel.
-struct Node {
-    session: Session,
-    view: View,
-    backend: Nftables,
+pub(super) struct Node<B> {
+    pub(super) session: Session,
+    pub(super) view: View,
+    pub(super) backend: B,
 }
 
 /// A view of the node that is measured.
@@ -125,7 +125,11 @@ pub(super) fn take(session: &mut Session, frames: Vec<Bytes>) -> Result<Vec<Serv
 }
 
 /// State to committed. Returns the time, and the part of it that planning took.
-fn program(state: &State, node: NodeContext, backend: &mut Nftables) -> Result<(View, Duration, Duration)> {
+pub(super) fn program(
+    state: &State,
+    node: NodeContext,
+    backend: &mut dyn Backend,
+) -> Result<(View, Duration, Duration)> {
     let keys: Vec<ServiceKey> = state.service_keys().cloned().collect();
     let start = Instant::now();
     let mut view = view(node)?;
@@ -137,9 +141,9 @@ fn program(state: &State, node: NodeContext, backend: &mut Nftables) -> Result<(
     Ok((view, total, planned))
 }
 
-impl Node {
+impl<B: Backend> Node<B> {
     /// From the frames' bytes to committed.
-    fn receive(&mut self, frames: Vec<Bytes>, times: &mut Times) -> Result<()> {
+    pub(super) fn receive(&mut self, frames: Vec<Bytes>, times: &mut Times) -> Result<()> {
         let start = Instant::now();
         let mut ends = [start; 3];
         for frame in frames {

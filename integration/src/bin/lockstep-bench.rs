@@ -9,11 +9,12 @@ use anyhow::{Context, Result, bail, ensure};
 use lockstep_integration::bench::memory::Stages;
 use lockstep_integration::bench::node::Times;
 use lockstep_integration::bench::report::{Report, text};
-use lockstep_integration::bench::{brain, drift, iptables, kube_proxy, median, memory, node, ratio};
+use lockstep_integration::bench::{brain, drift, iptables, ipvs, kube_proxy, median, memory, node, ratio};
 use lockstep_xtables::Flavour;
 
 const USAGE: &str = "usage: lockstep-bench [PART...]   (all where none is named; needs root)
 parts: node, iptables, control-plane, memory, drift
+       lockstep-bench ipvs   (needs a kernel with IPVS: `cargo xtask vm` has one)
        lockstep-bench kube-proxy [--services N,...] [--mode MODE,...] [--changes N] [--rounds N]
 needs the real programs: `cargo xtask bench kube-proxy` builds them";
 const PARTS: [&str; 5] = ["node", "iptables", "control-plane", "memory", "drift"];
@@ -29,7 +30,9 @@ fn main() -> Result<ExitCode> {
         }
         _ => None,
     };
+    let in_ipvs = wanted == ["ipvs"];
     if beside_kube_proxy.is_none()
+        && !in_ipvs
         && let Some(other) = wanted.iter().find(|it| !PARTS.contains(&it.as_str()))
     {
         bail!("{other}: unknown part\n{USAGE}");
@@ -54,6 +57,9 @@ fn main() -> Result<ExitCode> {
         if wants("drift") {
             in_drift(&mut report, &binaries);
         }
+    }
+    if in_ipvs {
+        in_ipvs_mode(&mut report)?;
     }
     if let Some(options) = beside_kube_proxy {
         kube_proxy::run(&mut report, &options)?;
@@ -121,7 +127,7 @@ fn on_node(report: &mut Report) -> Result<()> {
         let detail = format!(" ({} : {})", text(swap), text(raw));
         report.at_most(work, ratio(swap, raw), 5.0, "x", &detail);
     }
-    flat(report, "one endpoint replaced", &swaps);
+    flat(report, "one endpoint replaced, 30,000 against 1,000 services", &swaps);
     Ok(())
 }
 
@@ -144,6 +150,30 @@ fn burst(report: &mut Report, of: &str, burst: &Times, alone: &str) {
     let detail = format!(" ({} : {}; session {}{alone})", text(whole), text(raw), text(median(session)));
     let work = format!("burst of 1,000 endpoints of {of}, received to committed");
     report.at_most(work, ratio(whole, raw), 2.0, "x", &detail);
+}
+
+fn in_ipvs_mode(report: &mut Report) -> Result<()> {
+    let mut swaps = Vec::new();
+    for (services, loads, count) in [(1_000, 3, 200), (10_000, 0, 200)] {
+        let measured =
+            ipvs::measure(services, loads, count).with_context(|| format!("IPVS, {services} services"))?;
+        let (full, limit) = (median(&measured.full.lockstep), median(&measured.full.raw));
+        let detail = format!(" ({} : {}, {} virtual servers)", text(full), text(limit), measured.servers);
+        let work = format!("IPVS: full programming, {services} x 10");
+        report.at_most(work, ratio(full, limit), 2.0, "x", &detail);
+        let (swap, raw) = (median(&measured.swap.lockstep), median(&measured.swap.raw));
+        swaps.push(swap);
+        let detail = format!(
+            " ({} : {}; reading back {})",
+            text(swap),
+            text(raw),
+            text(median(&measured.verify.lockstep))
+        );
+        let work = format!("IPVS: one endpoint replaced, {services} x 10, p50");
+        report.at_most(work, ratio(swap, raw), 5.0, "x", &detail);
+    }
+    flat(report, "IPVS: one endpoint replaced, 10,000 against 1,000 services", &swaps);
+    Ok(())
 }
 
 fn in_iptables_mode(report: &mut Report) -> Result<()> {
@@ -186,14 +216,14 @@ fn in_control_plane(report: &mut Report) -> Result<()> {
         let work = format!("event to frame, {services} x 10, p50");
         report.at_most(work, time.as_secs_f64() * 1000.0, 1.0, " ms", "");
     }
-    flat(report, "event to frame", &times);
+    flat(report, "event to frame, 30,000 against 1,000 services", &times);
     Ok(())
 }
 
 /// The time at the largest size against the one at the smallest.
 fn flat(report: &mut Report, work: &str, times: &[Duration]) {
     if let [first, .., last] = times {
-        report.at_most(format!("{work}, 30,000 against 1,000 services"), ratio(*last, *first), 1.5, "x", "");
+        report.at_most(work.to_owned(), ratio(*last, *first), 1.5, "x", "");
     }
 }
 

@@ -12,26 +12,29 @@ use lockstep_integration::lab::{Lab, Place};
 use lockstep_integration::product::{Mode, Product};
 use lockstep_integration::traffic::{Outcome, Transport, probe};
 
-const MODES: [Mode; 3] = Mode::ALL;
-
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let keep = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => false,
-        ["--keep"] => true,
-        _ => bail!("usage: cargo xtask demo [--keep]"),
+    let (keep, ipvs) = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => (false, false),
+        ["--keep"] => (true, false),
+        ["--ipvs"] => (false, true),
+        _ => bail!("usage: cargo xtask demo [--keep | --ipvs]"),
     };
+    let modes: Vec<Mode> = Mode::ALL.into_iter().chain(ipvs.then_some(Mode::Ipvs)).collect();
     let start = Instant::now();
-    let mut product = build()?;
+    let mut product = build(&modes)?;
     traffic(&product)?;
     status(&product)?;
-    changes(&product)?;
+    if ipvs {
+        in_ipvs(&product)?;
+    }
+    changes(&product, &modes)?;
     if keep {
         return play(&product);
     }
     without_control_plane(&mut product)?;
     title("Clean up");
-    for node in 1..=3 {
+    for node in 1..=product.lab.nodes() {
         product.cleanup(node)?;
     }
     drop(product);
@@ -39,10 +42,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn build() -> Result<Product> {
-    title("A cluster in network namespaces: three nodes with two pods each, a client outside");
-    let mut product = Product::new(Lab::new(3, 2)?, &MODES)?;
-    for (node, mode) in (1..).zip(MODES) {
+fn build(modes: &[Mode]) -> Result<Product> {
+    let nodes = u8::try_from(modes.len())?;
+    title(&format!("A cluster in network namespaces: {nodes} nodes with two pods each, a client outside"));
+    let mut product = Product::new(Lab::new(nodes, 2)?, modes)?;
+    for (node, mode) in (1..).zip(modes) {
         say(&format!("node{node}  {:<16} pods n{node}p1, n{node}p2", mode.name()));
     }
     title("One control plane on deploy/examples, one agent per node");
@@ -50,6 +54,10 @@ fn build() -> Result<Product> {
     for name in ["nodes.yaml", "web.yaml", "dns.yaml", "shop.yaml"] {
         product.write_manifest(name, &example(&examples, name)?)?;
         say(name);
+    }
+    if nodes > 3 {
+        // The examples have three.
+        product.write_manifest("nodes.yaml", &product.node_manifest())?;
     }
     let start = Instant::now();
     product.start()?;
@@ -149,13 +157,27 @@ fn ctl(product: &Product, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn changes(product: &Product) -> Result<()> {
+/// What a node in IPVS mode has for a Service.
+fn in_ipvs(product: &Product) -> Result<()> {
+    title("The node in IPVS mode: its virtual servers for web, and some of its sets and addresses");
+    let node = Place::Node(product.lab.nodes());
+    answered(product, &Route { about: "node -> cluster IP", from: node, ..ROUTES[2] })?;
+    let servers = product.lab.tool(node, &["ipvsadm", "-L", "-n", "-t", "10.96.0.10:80"])?;
+    servers.lines().for_each(say);
+    let sets = product.lab.tool(node, &["ipset", "list", "KUBE-CLUSTER-IP"])?;
+    sets.lines().for_each(say);
+    let addresses = product.lab.tool(node, &["ip", "-brief", "address", "show", "kube-ipvs0"])?;
+    addresses.lines().for_each(say);
+    Ok(())
+}
+
+fn changes(product: &Product, modes: &[Mode]) -> Result<()> {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples");
     let web = example(&examples, "web.yaml")?;
 
     title("An endpoint changes: the web pod of node3 moves to n3p2");
     let moved = replaced(&web, "10.244.3.1]", "10.244.3.2]")?;
-    timed_change(product, "web.yaml", &moved)?;
+    timed_change(product, modes, "web.yaml", &moved)?;
     let mut seen = Vec::new();
     for _ in 0..48 {
         if let Outcome::Answered { by, .. } = answered(product, &ROUTES[0])? {
@@ -170,18 +192,18 @@ fn changes(product: &Product) -> Result<()> {
 
     title("A Service changes: web gets port 8000");
     let port = replaced(&moved, "name: http, port: 80,", "name: http, port: 8000,")?;
-    timed_change(product, "web.yaml", &port)?;
+    timed_change(product, modes, "web.yaml", &port)?;
     let route = Route { about: "pod -> cluster IP", to: "10.96.0.10:8000", ..ROUTES[0] };
     say(&format!("{:<32} {:<18} {}", route.about, route.to, answered(product, &route)?));
     ctl(product, &["service", "default/web"])
 }
 
-fn timed_change(product: &Product, name: &str, text: &str) -> Result<()> {
+fn timed_change(product: &Product, modes: &[Mode], name: &str, text: &str) -> Result<()> {
     let start = Instant::now();
     product.change(|product| product.write_manifest(name, text))?;
     let total = start.elapsed();
-    say(&format!("file written -> verified on all three nodes: {total:.0?}"));
-    for (node, mode) in product.list_nodes()?.nodes.into_iter().zip(MODES) {
+    say(&format!("file written -> verified on all nodes: {total:.0?}"));
+    for (node, mode) in product.list_nodes()?.nodes.into_iter().zip(modes) {
         let stats = node.last_stats.unwrap_or_default();
         let took = |part: Option<_>| part.and_then(|part| Duration::try_from(part).ok()).unwrap_or_default();
         say(&format!(

@@ -29,7 +29,7 @@ fn goals(mode: Mode, services: u32) -> Goals {
     let of = |times: f64| match mode {
         Mode::Nftables => Some(times).filter(|_| services == GOALS_FOR),
         // The tool decides there; we are not to be the slower one.
-        Mode::IptablesLegacy | Mode::IptablesNft => Some(1.0),
+        Mode::IptablesLegacy | Mode::IptablesNft | Mode::Ipvs => Some(1.0),
     };
     Goals {
         beside: of(20.0),
