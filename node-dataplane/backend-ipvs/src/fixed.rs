@@ -22,7 +22,7 @@ pub(crate) fn chains(terms: &Terms, family: Family, random_fully: bool) -> Fixed
         (Table::Filter, names::SOURCE_RANGES, rules.source_ranges()),
         (Table::Filter, names::FILTER, rules.filter()),
         (Table::Filter, names::FILTER_EXTERNAL, rules.filter_external()),
-        (Table::Mangle, names::OUT_FILTER, rules.firewall()),
+        (Table::Mangle, names::OUT_FILTER, rules.out_filter()),
         (Table::Mangle, names::SOURCE_RANGES, rules.source_ranges()),
         (Table::Nat, names::SERVICES, rules.services()),
         (Table::Nat, names::CLUSTER_IP, rules.cluster_ip()),
@@ -223,6 +223,14 @@ impl Rules<'_> {
 
     fn firewall(&self) -> Vec<String> {
         vec![format!("{NEW}{}-j {}", self.to(Purpose::Firewall), names::SOURCE_RANGES)]
+    }
+
+    /// What the node itself sends IPVS takes before filter sees it. A virtual server that stays for its
+    /// connections would refuse what is to be dropped.
+    fn out_filter(&self) -> Vec<String> {
+        let mut rules = vec![format!("{NEW}{}-j DROP", self.to(Purpose::Drop))];
+        rules.extend(self.firewall());
+        rules
     }
 
     fn source_ranges(&self) -> Vec<String> {
