@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,7 +25,12 @@ const NO_SERVER: Errno = Errno(libc::ESRCH);
 /// Runs in a new namespace with open sockets of its IPVS.
 fn ipvs(work: impl FnOnce(&mut Kernel) + Send) {
     run("modprobe", "-a ip_vs ip_vs_rr ip_vs_mh");
-    netns::run_in_new(|| work(&mut Kernel::open().unwrap())).expect("these tests need root");
+    netns::run_in_new(|| {
+        // Where a namespace has no address at all, no IPv4 address is one for a real server.
+        run("ip", "link set lo up");
+        work(&mut Kernel::open().unwrap());
+    })
+    .expect("these tests need root");
 }
 
 /// Runs with the kernel's IPVS, and with that in memory, which must be no different.
@@ -150,7 +155,7 @@ fn every_refusal_is_at_its_request_and_the_rest_is_done() {
             let requests = [
                 Request::Add(server(there, "rr", 0, 0)),
                 Request::Add(server(there, "rr", 0, 0)),
-                Request::Add(server(none, "none", 0, 0)),
+                Request::Add(server(none, "missing", 0, 0)),
                 Request::Set(server(none, "rr", 0, 0)),
                 Request::Remove(none),
                 Request::AddReal(there, real(v6, 1, 80)),
@@ -288,7 +293,6 @@ fn timeouts_are_those_of_the_namespace_and_zero_leaves_them() {
 #[test]
 fn a_connection_through_device_and_virtual_server_arrives_and_is_counted() {
     ipvs(|kernel| {
-        run("ip", "link set lo up");
         for v6 in [false, true] {
             let mut device = dummy::Kernel::open(DEVICE).unwrap();
             device.ensure().unwrap();
