@@ -25,6 +25,9 @@ pub const SCHED_MH_PORT: u32 = 0x10;
 /// The kernel's own flag: the virtual server is in its table.
 const HASHED: u32 = 0x2;
 
+/// Listings are made until two agree, at most so many more.
+const LISTINGS: u32 = 5;
+
 /// What names a virtual server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
@@ -128,8 +131,8 @@ pub struct Timeouts {
 ///
 /// Implemented by [`Kernel`] and by [`fake::FakeIpvs`].
 pub trait Ipvs: Send {
-    /// All virtual servers but those of firewall marks, sorted by key. Where somebody changes them
-    /// meanwhile, some may be missing.
+    /// All virtual servers but those of firewall marks, sorted by key. Two listings in a row agree
+    /// on it; an error where changes, of whatever network namespace, do not let them.
     fn virtual_servers(&mut self) -> Result<Vec<VirtualServer>, Error>;
 
     /// One virtual server; `None` where there is none.
@@ -173,14 +176,10 @@ impl Kernel {
         Ok(Self { socket, raw: raw_socket()?, family, seq: 1 })
     }
 
-    fn next(&mut self) -> u32 {
-        self.seq = self.seq.wrapping_add(1);
-        self.seq
-    }
-}
-
-impl Ipvs for Kernel {
-    fn virtual_servers(&mut self) -> Result<Vec<VirtualServer>, Error> {
+    /// One listing, by key. From one datagram to the next the kernel goes on where it was by
+    /// counting, through one table for all network namespaces: where somebody removes a virtual
+    /// server meanwhile, of whatever namespace, another is left out, and it says nothing.
+    fn list(&mut self) -> Result<Vec<VirtualServer>, Error> {
         let family = self.family;
         let mut schedulers = Vec::new();
         let mut servers = self.socket.list(
@@ -190,9 +189,28 @@ impl Ipvs for Kernel {
             |answer| message::read_server(answer, &mut schedulers),
         )?;
         servers.sort_unstable_by_key(|server| server.key);
-        // The kernel goes on where it was by counting, so a removal meanwhile lists one twice.
+        // And where one is added, another is listed twice.
         servers.dedup_by_key(|server| server.key);
         Ok(servers)
+    }
+
+    fn next(&mut self) -> u32 {
+        self.seq = self.seq.wrapping_add(1);
+        self.seq
+    }
+}
+
+impl Ipvs for Kernel {
+    fn virtual_servers(&mut self) -> Result<Vec<VirtualServer>, Error> {
+        let mut before = self.list()?;
+        for _ in 0..LISTINGS {
+            let now = self.list()?;
+            if now.iter().map(|server| server.key).eq(before.iter().map(|server| server.key)) {
+                return Ok(now);
+            }
+            before = now;
+        }
+        Err(Error::Interrupted { request: "list virtual servers".to_owned(), times: LISTINGS })
     }
 
     fn virtual_server(&mut self, key: Key) -> Result<Option<VirtualServer>, Error> {

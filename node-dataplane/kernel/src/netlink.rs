@@ -11,6 +11,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use crate::Errno;
 
 pub mod attr;
+#[cfg(test)]
+pub(crate) mod recorded;
 mod request;
 
 pub use request::put_message;

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use super::fake::FakeDevice;
 use super::{Device, message};
 use crate::Errno;
+use crate::netlink::recorded::{bytes, plain, written};
 use crate::netlink::{Message, Messages};
 
 fn ip(text: &str) -> IpAddr {
@@ -53,3 +54,38 @@ fn the_fake_refuses_what_it_is_told_to() {
     fake.lock().taken = true;
     assert_eq!(fake.addresses().unwrap_err().errno(), Some(Errno::EXIST));
 }
+
+#[test]
+#[cfg(target_endian = "little")] // as the machine that it was recorded on
+fn messages_are_those_of_the_real_tool() {
+    let sent = |digits| plain(bytes(digits));
+    // Ours says of an attribute that it holds attributes, which the kernel does not ask for.
+    let mut recorded = sent(LINK);
+    recorded[51] |= 0x80;
+    assert_eq!(written(|out| message::put_new_link(out, "kube-ipvs0", 1)), recorded);
+    for (address, recorded) in [("10.96.0.1", ADD), ("fd00:96::1", ADD_V6)] {
+        assert_eq!(written(|out| message::put_address(out, 1, ip(address), true, 1)), sent(recorded));
+    }
+    // Ours removes the address whatever its prefix length is.
+    let mut recorded = sent(REMOVE);
+    recorded.truncate(recorded.len() - 8);
+    recorded[0] -= 8;
+    assert_eq!(written(|out| message::put_address(out, 1, ip("10.96.0.1"), false, 1)), recorded);
+}
+
+/// `ip link add kube-ipvs0 type dummy` of iproute2 6.1.
+const LINK: &str = "
+        40000000 10000506 393b096b 00000000 00000000 00000000 00000000 00000000
+        0f000300 6b756265 2d697076 73300000 10001200 09000100 64756d6d 79000000";
+/// `ip addr add 10.96.0.1/32 dev lo` of iproute2 6.1.
+const ADD: &str = "
+        28000000 14000506 393b096b 00000000 02200000 01000000 08000200 0a600001
+        08000100 0a600001";
+/// `ip addr add fd00:96::1/128 dev lo nodad` of iproute2 6.1.
+const ADD_V6: &str = "
+        40000000 14000506 393b096b 00000000 0a800200 01000000 14000200 fd000096
+        00000000 00000000 00000001 14000100 fd000096 00000000 00000000 00000001";
+/// `ip addr del 10.96.0.1/32 dev lo` of iproute2 6.1.
+const REMOVE: &str = "
+        28000000 15000500 393b096b 00000000 02200000 01000000 08000200 0a600001
+        08000100 0a600001";

@@ -134,12 +134,12 @@ pub(super) fn put_entries(
     message(out, if add { CMD_ADD } else { CMD_DEL }, 0, protocol, seq, |out| {
         attr::put_text(out, ATTR_SETNAME, name);
         // The kernel writes the line of a refused entry here when it sends the message back.
-        attr::put_u32(out, ATTR_LINENO, 0);
+        attr::put_u32_be(out, ATTR_LINENO | NETWORK_ORDER, 1);
         attr::nest(out, ATTR_ADT, |out| {
             for (line, entry) in (1..).zip(entries) {
                 attr::nest(out, ATTR_DATA, |out| {
                     put_entry(out, entry);
-                    attr::put_u32(out, ATTR_LINENO, line);
+                    attr::put_u32_be(out, ATTR_LINENO | NETWORK_ORDER, line);
                 });
             }
         });
@@ -154,7 +154,7 @@ pub(super) fn read_line(refusal: &Message<'_>) -> u32 {
     attributes
         .map(Attributes::of)
         .and_then(|all| all.get(ATTR_LINENO).filter(|line| line.value.len() == 4))
-        .map_or(0, |line| attr::u32_ne(line.value))
+        .map_or(0, |line| line.u32_be())
 }
 
 pub(super) fn put_test(out: &mut Vec<u8>, protocol: u8, name: &str, entry: &Entry, seq: u32) {

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use lockstep_kernel::dummy::{self, Device};
@@ -22,10 +23,19 @@ const SCTP: u8 = 132;
 /// There is no such virtual server.
 const NO_SERVER: Errno = Errno(libc::ESRCH);
 
+/// Changes in one namespace disturb listings in another, so they take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// Runs in a new namespace with open sockets of its IPVS.
 fn ipvs(work: impl FnOnce(&mut Kernel) + Send) {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     run("modprobe", "-a ip_vs ip_vs_rr ip_vs_mh");
-    netns::run_in_new(|| work(&mut Kernel::open().unwrap())).expect("these tests need root");
+    netns::run_in_new(|| {
+        // Where a namespace has no address at all, no IPv4 address is one for a real server.
+        run("ip", "link set lo up");
+        work(&mut Kernel::open().unwrap());
+    })
+    .expect("these tests need root");
 }
 
 /// Runs with the kernel's IPVS, and with that in memory, which must be no different.
@@ -150,7 +160,7 @@ fn every_refusal_is_at_its_request_and_the_rest_is_done() {
             let requests = [
                 Request::Add(server(there, "rr", 0, 0)),
                 Request::Add(server(there, "rr", 0, 0)),
-                Request::Add(server(none, "none", 0, 0)),
+                Request::Add(server(none, "missing", 0, 0)),
                 Request::Set(server(none, "rr", 0, 0)),
                 Request::Remove(none),
                 Request::AddReal(there, real(v6, 1, 80)),
@@ -242,6 +252,50 @@ fn a_thousand_virtual_servers_with_ten_real_servers_each_are_one_commit() {
 }
 
 #[test]
+fn a_listing_is_whole_whatever_another_namespace_does_meanwhile() {
+    ipvs(|kernel| {
+        let mine: Vec<_> = (0..500).map(|n| server(key(n % 2 == 1, TCP, n), "rr", 0, 0)).collect();
+        let add: Vec<_> = mine.iter().cloned().map(Request::Add).collect();
+        assert_eq!(kernel.commit(&add).unwrap(), []);
+        let mut mine = mine;
+        mine.sort_by_key(|server| server.key);
+        let over = AtomicBool::new(false);
+        let whole = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                netns::run_in_new(|| {
+                    let mut other = Kernel::open().unwrap();
+                    while !over.load(Ordering::Relaxed) {
+                        for n in 0..100 {
+                            let one = server(key(false, UDP, n), "rr", 0, 0);
+                            let there_and_gone = [Request::Remove(one.key), Request::Add(one)];
+                            other.commit(&there_and_gone).unwrap();
+                        }
+                    }
+                })
+                .unwrap();
+            });
+            let mut whole = 0;
+            for _ in 0..20 {
+                match kernel.virtual_servers() {
+                    Ok(listed) => {
+                        whole += 1;
+                        if listed != mine {
+                            over.store(true, Ordering::Relaxed);
+                        }
+                        assert_eq!(listed, mine);
+                    }
+                    Err(error) => assert!(error.is_retryable(), "{error}"),
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+            whole
+        });
+        println!("{whole} of 20 listings were not interrupted");
+        assert_eq!(kernel.virtual_servers().unwrap(), mine);
+    });
+}
+
+#[test]
 fn the_real_tool_reads_what_is_written_and_the_other_way_round() {
     ipvs(|kernel| {
         let (four, six) = (key(false, TCP, 1), key(true, UDP, 1));
@@ -288,7 +342,6 @@ fn timeouts_are_those_of_the_namespace_and_zero_leaves_them() {
 #[test]
 fn a_connection_through_device_and_virtual_server_arrives_and_is_counted() {
     ipvs(|kernel| {
-        run("ip", "link set lo up");
         for v6 in [false, true] {
             let mut device = dummy::Kernel::open(DEVICE).unwrap();
             device.ensure().unwrap();
