@@ -34,6 +34,7 @@ Usage: cargo xtask VERB [ARGUMENTS]
 
   setup            install what demo and tests need; says first what that is
   demo [--keep]    the whole product on this machine: three nodes, real traffic
+  demo --ipvs      the same in a guest, with a fourth node in IPVS mode
   test [PART...]   set-up and every test, or only these parts
   tidy             the same as `test tidy`: formatting, lints, layering, file sizes
   bless            write the golden files anew from what the code does now
@@ -104,6 +105,12 @@ fn usage() -> String {
 /// Builds and runs the demo.
 fn demo(arguments: &[String]) -> Result<(), Failure> {
     setup::packages()?;
+    if arguments == ["--ipvs"] {
+        println!("demo: building the product (a few minutes the first time)");
+        build::programs()?;
+        let starts = vm::STARTED.map(build::program);
+        return vm::start(&build::program("lockstep-demo"), &["--ipvs"], &starts);
+    }
     let tools = setup::peers(&["grpcurl"])?;
     println!("demo: building the product (a few minutes the first time)");
     build::programs()?;
@@ -129,6 +136,9 @@ fn bench(arguments: &[String]) -> Result<(), Failure> {
     };
     let peers = setup::peers(others)?;
     process::run(cargo().args(["build", "--release", "--workspace", "--bins"]).current_dir(root()))?;
+    if arguments == ["ipvs"] {
+        return vm::start(&build::optimised("lockstep-bench"), &["ipvs"], &[]);
+    }
     // Not by `cargo run`: of one crate alone it would make another copy of every dependency.
     let mut bench = Command::new(build::optimised("lockstep-bench"));
     process::run(bench.args(arguments).env("LOCKSTEP_PEERS_DIR", peers).current_dir(root()))

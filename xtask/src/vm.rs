@@ -24,7 +24,7 @@ use crate::setup;
 use boot::Limits;
 use contents::Contents;
 pub(crate) use kernel::Kernel;
-pub(crate) use parts::{PARTS, into};
+pub(crate) use parts::{PARTS, STARTED, into};
 
 /// How much longer everything takes where each instruction is emulated.
 const PATIENCE: &str = "4";
@@ -109,6 +109,13 @@ fn run(options: &Options, command: &[String]) -> Result<(), Failure> {
         0 => Ok(()),
         status => broken(format!("`{}` ended with {status} in the guest", command.join(" "))),
     }
+}
+
+/// Runs a program that was built, in the directory of this checkout; those that it starts go along.
+pub(crate) fn start(program: &Path, arguments: &[&str], starts: &[PathBuf]) -> Result<(), Failure> {
+    let mut command = vec![program.to_string_lossy().into_owned()];
+    command.extend(arguments.iter().map(|word| (*word).to_owned()));
+    run(&Options { limits: LIMITS, with: starts.to_vec() }, &command)
 }
 
 fn shell(options: &Options) -> Result<(), Failure> {

@@ -39,7 +39,8 @@ pub(crate) const PARTS: &[Part] = &[
 ];
 
 /// Programs of the product and of `integration` that tests start.
-const STARTED: &[&str] = &["lockstep-control-plane", "lockstep-node", "lockstep-pod", "lockstepctl"];
+pub(crate) const STARTED: [&str; 4] =
+    ["lockstep-control-plane", "lockstep-node", "lockstep-pod", "lockstepctl"];
 
 /// Longest time for one test program, in seconds.
 const TIME_LIMIT: &str = "2400";
