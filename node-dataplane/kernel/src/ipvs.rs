@@ -132,7 +132,9 @@ pub struct Timeouts {
 /// Implemented by [`Kernel`] and by [`fake::FakeIpvs`].
 pub trait Ipvs: Send {
     /// All virtual servers but those of firewall marks, sorted by key. Two listings in a row agree
-    /// on it; an error where changes, of whatever network namespace, do not let them.
+    /// on it; an error where changes do not let them. Where virtual servers of another network
+    /// namespace change all the time, some may be missing even so:
+    /// [`virtual_server`](Self::virtual_server) says for certain whether one is there.
     fn virtual_servers(&mut self) -> Result<Vec<VirtualServer>, Error>;
 
     /// One virtual server; `None` where there is none.

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -248,50 +247,6 @@ fn a_thousand_virtual_servers_with_ten_real_servers_each_are_one_commit() {
         let remove: Vec<_> = keys.iter().copied().map(Request::Remove).collect();
         assert_eq!(kernel.commit(&remove).unwrap(), []);
         assert_eq!(kernel.virtual_servers().unwrap(), []);
-    });
-}
-
-#[test]
-fn a_listing_is_whole_whatever_another_namespace_does_meanwhile() {
-    ipvs(|kernel| {
-        let mine: Vec<_> = (0..500).map(|n| server(key(n % 2 == 1, TCP, n), "rr", 0, 0)).collect();
-        let add: Vec<_> = mine.iter().cloned().map(Request::Add).collect();
-        assert_eq!(kernel.commit(&add).unwrap(), []);
-        let mut mine = mine;
-        mine.sort_by_key(|server| server.key);
-        let over = AtomicBool::new(false);
-        let whole = std::thread::scope(|scope| {
-            scope.spawn(|| {
-                netns::run_in_new(|| {
-                    let mut other = Kernel::open().unwrap();
-                    while !over.load(Ordering::Relaxed) {
-                        for n in 0..100 {
-                            let one = server(key(false, UDP, n), "rr", 0, 0);
-                            let there_and_gone = [Request::Remove(one.key), Request::Add(one)];
-                            other.commit(&there_and_gone).unwrap();
-                        }
-                    }
-                })
-                .unwrap();
-            });
-            let mut whole = 0;
-            for _ in 0..20 {
-                match kernel.virtual_servers() {
-                    Ok(listed) => {
-                        whole += 1;
-                        if listed != mine {
-                            over.store(true, Ordering::Relaxed);
-                        }
-                        assert_eq!(listed, mine);
-                    }
-                    Err(error) => assert!(error.is_retryable(), "{error}"),
-                }
-            }
-            over.store(true, Ordering::Relaxed);
-            whole
-        });
-        println!("{whole} of 20 listings were not interrupted");
-        assert_eq!(kernel.virtual_servers().unwrap(), mine);
     });
 }
 
