@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use lockstep_kernel::ipvs::{Key, RealServer, Request, VirtualServer};
+use lockstep_kernel::ipvs::{Ipvs, Key, RealServer, Request, VirtualServer};
+use lockstep_kernel::netlink::Error;
 
 use crate::drain::{Drains, Ghost, Target};
 use crate::render::{Rendered, Server};
@@ -98,6 +99,21 @@ impl Weight {
     /// that it is one (`IP_VS_CONN_F_LOCALNODE`).
     pub(crate) fn is_ours(self) -> bool {
         self.weight == 1 && self.forwarding <= 1
+    }
+}
+
+impl Found {
+    /// What the kernel has under a key; `None` = nothing.
+    pub(crate) fn read(servers: &mut dyn Ipvs, key: Key) -> Result<Option<Self>, Error> {
+        let Some(server) = servers.virtual_server(key)? else { return Ok(None) };
+        Ok(Some(Self { server, targets: Self::targets(servers, key)? }))
+    }
+
+    /// Where a virtual server leads.
+    pub(crate) fn targets(servers: &mut dyn Ipvs, key: Key) -> Result<Vec<(Target, Weight)>, Error> {
+        let all = servers.real_servers(key)?.into_iter();
+        let weight = |real: &RealServer| Weight { weight: real.weight, forwarding: real.forwarding };
+        Ok(all.map(|(real, _)| ((real.address, real.port), weight(&real))).collect())
     }
 }
 

@@ -125,7 +125,11 @@ impl Ipvs {
         let found: BTreeSet<Key> =
             self.tables.servers.virtual_servers()?.into_iter().map(|server| server.key).collect();
         let wanted = self.wanted_keys();
-        let missing = wanted.iter().filter(|key| !found.contains(key)).count();
+        let mut missing = 0;
+        // The kernel's list may lack some while servers come and go anywhere on this host.
+        for key in wanted.iter().filter(|key| !found.contains(key)) {
+            missing += usize::from(self.tables.servers.virtual_server(*key)?.is_none());
+        }
         let surplus = found
             .iter()
             .filter(|key| self.tables.holdings.has_address(key.address))

@@ -8,18 +8,18 @@ use std::time::Instant;
 use ipnet::IpNet;
 use lockstep_kernel::ipset::{Entry, Kind};
 use lockstep_kernel::ipvs::{Key, Request};
-use lockstep_kernel::netlink;
+use lockstep_kernel::{Errno, netlink};
 use lockstep_model::{Family, ServiceKey};
 use lockstep_view::ForwardingPlan;
 use lockstep_xtables::Table;
 use rustc_hash::FxHashSet;
 
 use crate::backend::{Fault, Ipvs, LeftOut, blame};
-use crate::change::{self, Found, Weight};
+use crate::change::{self, Found};
 use crate::holdings::{Holdings, Moved};
 use crate::names::{Purpose, Set};
 use crate::render::{Rendered, Server};
-use crate::tables::Tables;
+use crate::tables::{Refusal, Tables};
 use crate::terms::Terms;
 
 /// What the kernel has that is ours.
@@ -101,7 +101,26 @@ impl Ipvs {
                 leaving.extend(change::from_kernel(Some(found), None).leaving);
             }
         }
-        let refusals = self.tables.commit(&requests)?;
+        let mut refusals = self.tables.commit(&requests)?;
+        // The kernel's list may lack some while servers come and go anywhere on this host.
+        let unlisted = refusals.extract_if(.., |refusal| is_there(&requests, refusal));
+        let unlisted: Vec<(Key, usize)> = unlisted
+            .filter_map(|refusal| Some((requests.get(refusal.index)?.key(), *owners.get(refusal.index)?)))
+            .collect();
+        for (key, owner) in unlisted {
+            let found = Found::read(&mut *self.tables.servers, key)?;
+            let wanted = wanted.get(owner).and_then(|(_, rendered)| rendered.server(key));
+            let change = change::from_kernel(found.as_ref(), wanted);
+            // What was added to it by the way is there twice in this, which is no fault.
+            self.tables.commit(&change.first)?;
+            requests.extend(change.first);
+            leaving.extend(change.leaving);
+            standing.servers.extend(found.map(|found| (key, found)));
+        }
+        refusals.retain(|refusal| {
+            let key = requests.get(refusal.index).map(Request::key);
+            refusal.errno != Errno::EXIST || !key.is_some_and(|key| standing.servers.contains_key(&key))
+        });
         let has = |rendered: &Rendered| {
             rendered.servers.iter().any(|server| standing.servers.contains_key(&server.server.key))
         };
@@ -185,6 +204,11 @@ impl Ipvs {
     }
 }
 
+/// True where a virtual server was to be added that there is.
+fn is_there(requests: &[Request], refusal: &Refusal) -> bool {
+    matches!(requests.get(refusal.index), Some(Request::Add(_))) && refusal.errno == Errno::EXIST
+}
+
 impl Standing {
     /// Reads sets and addresses. `own`: addresses of the node's other interfaces, sorted.
     pub(crate) fn read(
@@ -219,10 +243,8 @@ impl Standing {
             if excluded || !ours || !self.families.contains(&Family::of(key.address)) {
                 continue;
             }
-            let targets = servers.real_servers(key)?.into_iter().map(|(real, _)| {
-                ((real.address, real.port), Weight { weight: real.weight, forwarding: real.forwarding })
-            });
-            self.servers.insert(key, Found { server, targets: targets.collect() });
+            let targets = Found::targets(servers, key)?;
+            self.servers.insert(key, Found { server, targets });
         }
         Ok(())
     }

@@ -276,6 +276,18 @@ fn every_surface_has_its_virtual_servers_sets_and_addresses() {
 }
 
 #[test]
+fn a_listing_that_leaves_a_server_out_misleads_nobody() {
+    let kernel = Kernel::new();
+    sync(&mut kernel.start(), &plan([simple("web", VIP, &[A, B]), simple("b", "10.96.0.2", &[A])]));
+    kernel.servers.lock().unlisted.insert(key(VIP, 80));
+    let mut backend = kernel.start();
+    let applied = sync(&mut backend, &plan([simple("web", VIP, &[B, C]), simple("b", "10.96.0.2", &[A])]));
+    assert_eq!(applied.failures, []);
+    assert_eq!(kernel.targets(key(VIP, 80)).unwrap(), [(B.to_owned(), 1), (C.to_owned(), 1)]);
+    assert_eq!(backend.audit(Duration::from_secs(60)).unwrap().drift, []);
+}
+
+#[test]
 fn others_virtual_servers_stay() {
     let kernel = Kernel::new();
     let server =

@@ -3,7 +3,7 @@
 //! What it does not model: packets, and that the kernel keeps a removed real server in mind while
 //! it has connections.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -36,6 +36,8 @@ pub struct Inside {
     pub requests: usize,
     /// Listings so far, of virtual or of real servers.
     pub lists: usize,
+    /// A listing leaves these out, as the kernel does now and then.
+    pub unlisted: BTreeSet<Key>,
     /// Every request about these virtual servers is refused.
     pub refuse: BTreeMap<Key, Errno>,
     /// So many calls, of any kind, fail with this.
@@ -119,7 +121,8 @@ impl Ipvs for FakeIpvs {
     fn virtual_servers(&mut self) -> Result<Vec<VirtualServer>, Error> {
         let mut inside = self.call()?;
         inside.lists += 1;
-        Ok(inside.servers.values().map(|(server, _)| server.clone()).collect())
+        let listed = inside.servers.iter().filter(|(key, _)| !inside.unlisted.contains(key));
+        Ok(listed.map(|(_, (server, _))| server.clone()).collect())
     }
 
     fn virtual_server(&mut self, key: Key) -> Result<Option<VirtualServer>, Error> {
