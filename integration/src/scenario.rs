@@ -499,6 +499,14 @@ mod tests {
     }
 
     #[test]
+    fn of_a_filter_with_commas_one_word_is_enough() {
+        let filters = ["IPv4".to_owned(), "/hairpin,/cluster-ip".to_owned()];
+        let names: Vec<String> =
+            cases("nftables/", &filters).unwrap().into_iter().map(|case| case.name).collect();
+        assert_eq!(names, ["nftables/IPv4/cluster-ip", "nftables/IPv4/hairpin"]);
+    }
+
+    #[test]
     fn a_scenario_says_so_where_the_kernel_must_have_more() {
         for path in files().unwrap() {
             let scenario = Scenario::read(&path, Family::V4).unwrap();
