@@ -134,10 +134,12 @@ impl Lab {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// A command that will run inside a place; its process id is the program's own.
+    /// A command that will run inside a place; its process id is the program's own. A place has a lock
+    /// of iptables-legacy of its own, as a machine has: with one for all, nodes wait for each other.
     pub fn command(&self, place: Place, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.namespace(place)]).arg(program);
+        command.env("XTABLES_LOCKFILE", self.directory.join(format!("xtables-{place}.lock")));
         command
     }
 

@@ -261,8 +261,9 @@ pub struct Case {
     pub path: PathBuf,
 }
 
-/// Every scenario in both families, as far as its name has all of `filters` in it; sorted. Outside the
-/// guest, those are not among them that are for it alone.
+/// Every scenario in both families, as far as its name has all of `filters` in it; sorted. A filter
+/// with commas is several, of which one is enough. Outside the guest, those are not among them that are
+/// for it alone.
 pub fn cases(prefix: &str, filters: &[String]) -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for path in files()? {
@@ -272,7 +273,7 @@ pub fn cases(prefix: &str, filters: &[String]) -> Result<Vec<Case>> {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         for family in [Family::V4, Family::V6] {
             let name = format!("{prefix}{family}/{stem}");
-            if filters.iter().all(|filter| name.contains(filter)) {
+            if filters.iter().all(|filter| filter.split(',').any(|word| name.contains(word))) {
                 cases.push(Case { name, family, path: path.clone() });
             }
         }
@@ -498,6 +499,14 @@ mod tests {
                 assert!(scenario.steps.iter().all(|step| !step.probes.is_empty()), "{}", path.display());
             }
         }
+    }
+
+    #[test]
+    fn of_a_filter_with_commas_one_word_is_enough() {
+        let filters = ["IPv4".to_owned(), "/hairpin,/cluster-ip".to_owned()];
+        let names: Vec<String> =
+            cases("nftables/", &filters).unwrap().into_iter().map(|case| case.name).collect();
+        assert_eq!(names, ["nftables/IPv4/cluster-ip", "nftables/IPv4/hairpin"]);
     }
 
     #[test]

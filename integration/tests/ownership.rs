@@ -15,8 +15,7 @@ use lockstep_integration::traffic::{Outcome, Transport, probe, probe_within};
 /// From a change that somebody else makes to traffic again, on a machine under load. On an idle
 /// one it is a fraction of a second: the agent looks five times a second.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(2);
-/// The same for iptables: legacy has one lock for the whole machine, `/run/xtables.lock`, which
-/// other tests hold at the same time, in namespaces of their own.
+/// The same for iptables, which starts programs for it and, in legacy, moves whole tables.
 const IPTABLES_REPAIRED_WITHIN: Duration = Duration::from_secs(10);
 /// Where nothing but reading all rules shows the change: a minute between two audits, and their
 /// share of a core.

@@ -16,7 +16,7 @@ use lockstep_kernel::{Errno, netlink};
 use lockstep_model::NodeContext;
 use lockstep_view::backend::Description;
 use lockstep_view::{Backend, ViewConfig};
-use lockstep_xtables::{Choice, Flavour, Table};
+use lockstep_xtables::{Choice, Flavour, Table, ToolError};
 
 use crate::config::{Config, IptablesFlavour, Mode};
 
@@ -162,7 +162,7 @@ pub fn choose(mode: Mode, flavour: IptablesFlavour, options: &Options) -> anyhow
             Ok(chosen)
         }
         Mode::Auto => choose_auto(flavour),
-        Mode::Iptables => match iptables(flavour) {
+        Mode::Iptables => match unless_locked(|| iptables(flavour)) {
             Ok(chosen) => {
                 tracing::info!(
                     mode = "iptables",
@@ -179,7 +179,8 @@ pub fn choose(mode: Mode, flavour: IptablesFlavour, options: &Options) -> anyhow
             }
         },
         Mode::Ipvs => {
-            let chosen = ipvs(flavour, options).context("IPVS does not work on this node")?;
+            let chosen = unless_locked(|| ipvs(flavour, options));
+            let chosen = chosen.context("IPVS does not work on this node")?;
             tracing::info!(
                 mode = "ipvs",
                 version = chosen.backend.describe().version,
@@ -203,6 +204,23 @@ fn choose_auto(flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
     let version = chosen.backend.describe().version;
     tracing::warn!(mode = "iptables", version, "chosen, because nftables does not work: {error:#}");
     Ok(chosen)
+}
+
+/// Tries again where another program holds the lock of iptables: that says nothing about what works.
+/// Each try waits for the lock by itself.
+fn unless_locked(choose: impl Fn() -> anyhow::Result<Chosen>) -> anyhow::Result<Chosen> {
+    const TRIES: usize = 6;
+    let is_locked = |error: &anyhow::Error| {
+        let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<ToolError>());
+        causes.any(|error| matches!(error, ToolError::Locked { .. }))
+    };
+    for _ in 1..TRIES {
+        match choose() {
+            Err(error) if is_locked(&error) => tracing::warn!("{error:#}; trying again"),
+            other => return other,
+        }
+    }
+    choose()
 }
 
 fn nftables() -> anyhow::Result<Chosen> {
@@ -356,6 +374,24 @@ mod tests {
             localhost_node_ports: able,
         };
         view_config(&arguments.run.check().unwrap(), &description)
+    }
+
+    #[test]
+    fn a_lock_of_others_is_no_reason_to_take_another_mode() {
+        let locked = || ToolError::Locked { program: "iptables".to_owned(), complaint: "held".to_owned() };
+        let tries = std::cell::Cell::new(0);
+        let choose = |until: usize, error: &dyn Fn() -> anyhow::Error| {
+            tries.set(0);
+            let outcome = unless_locked(|| {
+                tries.set(tries.get() + 1);
+                if tries.get() < until { Err(error()) } else { anyhow::bail!("something else") }
+            });
+            (outcome.err().unwrap().to_string(), tries.get())
+        };
+        let wrapped = || anyhow::Error::new(locked()).context("iptables");
+        assert_eq!(choose(3, &wrapped), ("something else".to_owned(), 3));
+        assert_eq!(choose(99, &wrapped), ("iptables".to_owned(), 6));
+        assert_eq!(choose(99, &|| anyhow::anyhow!("refused")).1, 1);
     }
 
     #[test]

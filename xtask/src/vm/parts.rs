@@ -18,6 +18,8 @@ pub(crate) struct Part {
     /// What it shows.
     pub(crate) about: &'static str,
     tests: Tests,
+    /// What of it is run with all other tests: a choice that takes minutes. Empty = all.
+    everyday: &'static [&'static str],
 }
 
 enum Tests {
@@ -30,11 +32,18 @@ enum Tests {
 
 /// Every part.
 pub(crate) const PARTS: &[Part] = &[
-    Part { name: "crates", about: "crates with a feature `guest`, from outside", tests: Tests::Crates },
+    Part {
+        name: "crates",
+        about: "crates with a feature `guest`, from outside",
+        tests: Tests::Crates,
+        everyday: &[],
+    },
     Part {
         name: "packets",
         about: "every scenario with real packets, every mode, also those that need what the host lacks",
         tests: Tests::Integration("scenarios"),
+        // What other kernels do differently shows where other parts of them are used.
+        everyday: &["nftables/IPv4,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"],
     },
 ];
 
@@ -67,31 +76,33 @@ pub(crate) fn test(options: &Options, arguments: &[String]) -> Result<(), Failur
     }
     let mut summary = Summary::default();
     crate::parts::timed(&mut summary, "guest", |outcome| {
-        run(options, &chosen, filters, &mut build::tests, outcome)
+        let chosen = chosen.iter().map(|part| (*part, filters.to_vec())).collect();
+        run(options, chosen, &mut build::tests, outcome)
     });
     println!("{}", summary.text().trim_end());
     if summary.good() { Ok(()) } else { broken("not everything passed") }
 }
 
-/// Runs every part, as one of the parts of `cargo xtask test`.
+/// Runs what is for every day of every part, as one of the parts of `cargo xtask test`.
 pub(crate) fn into(built: &mut Builder<'_>, outcome: &mut Outcome) -> Result<(), Failure> {
     let options = Options { limits: super::LIMITS, with: Vec::new() };
-    run(&options, &PARTS.iter().collect::<Vec<_>>(), &[], built, outcome)
+    let everyday = |part: &'static Part| (part, part.everyday.iter().copied().map(str::to_owned).collect());
+    run(&options, PARTS.iter().map(everyday).collect(), built, outcome)
 }
 
 fn run(
     options: &Options,
-    parts: &[&Part],
-    filters: &[String],
+    parts: Vec<(&Part, Vec<String>)>,
     built: &mut Builder<'_>,
     outcome: &mut Outcome,
 ) -> Result<(), Failure> {
     setup::packages()?;
     setup::guest_packages()?;
     let kernel = Kernel::get()?;
-    let mut programs = Vec::new();
-    for part in parts {
+    let (mut programs, mut filters) = (Vec::new(), Vec::new());
+    for (part, words) in parts {
         programs.extend(part.programs(built)?);
+        filters.resize(programs.len(), words);
     }
     if programs.is_empty() {
         println!("no test program is there to be run");
@@ -103,7 +114,7 @@ fn run(
             contents.add(&build::program(name))?;
         }
     }
-    add_tests(&mut contents, &programs, filters)?;
+    add_tests(&mut contents, &programs, &filters)?;
     println!("starting a guest with kernel {}", kernel.release);
     let mut report = Report::new(&programs, outcome);
     let status = boot::boot(&kernel, contents, options.limits, Some(&mut |chunk: &[u8]| report.take(chunk)));
@@ -132,11 +143,16 @@ impl Part {
     }
 }
 
-/// The programs, and a command that runs one after the other and says where it is.
-fn add_tests(contents: &mut Contents, programs: &[TestProgram], filters: &[String]) -> Result<(), Failure> {
-    let filters: Vec<String> = filters.iter().map(|filter| quoted(filter)).collect();
+/// The programs, and a command that runs one after the other, with the filters of each, and says where
+/// it is.
+fn add_tests(
+    contents: &mut Contents,
+    programs: &[TestProgram],
+    filters: &[Vec<String>],
+) -> Result<(), Failure> {
     let mut script = environment();
-    for (index, program) in programs.iter().enumerate() {
+    for (index, (program, filters)) in programs.iter().zip(filters).enumerate() {
+        let filters: Vec<String> = filters.iter().map(|filter| quoted(filter)).collect();
         contents.add(&program.executable)?;
         let directory = quoted(&program.directory.to_string_lossy());
         script.push_str(&format!(
