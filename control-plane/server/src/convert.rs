@@ -1,5 +1,6 @@
 //! Between what the store keeps and what the wire says.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -21,6 +22,9 @@ const MAX_NETWORKS: usize = 256;
 const MAX_NETWORK: usize = 49;
 /// The longest name of a network interface: IFNAMSIZ without its zero byte.
 const MAX_INTERFACE: usize = 15;
+/// Most addresses of nodes that nodes are told of, so that a message has room for them: the longest
+/// text of one takes 41 bytes.
+pub(crate) const MAX_NODE_ADDRESSES: usize = 16_384;
 
 pub(crate) fn position(position: Position) -> v1::Position {
     v1::Position {
@@ -269,12 +273,20 @@ pub(crate) fn class_to_wire(class: FailureClass) -> v1::FailureReason {
     }
 }
 
-/// Facts of a node whose object the source does not have: its name.
-pub(crate) fn context(context: Option<&NodeContext>, name: &str) -> v1::NodeContext {
-    match context {
+/// Facts of a node; of one whose object the source does not have, its name. `node_addresses`: see
+/// [`NodeContext`], sorted.
+pub(crate) fn context(
+    context: Option<&NodeContext>,
+    name: &str,
+    node_addresses: &[IpAddr],
+) -> v1::NodeContext {
+    let mut message = match context {
         Some(context) => convert::node_context_to_wire(context),
         None => convert::node_context_to_wire(&NodeContext::unknown(name)),
-    }
+    };
+    let told = node_addresses.iter().take(MAX_NODE_ADDRESSES);
+    message.node_addresses = told.map(ToString::to_string).collect();
+    message
 }
 
 fn shorten(mut text: String) -> String {

@@ -4,6 +4,7 @@
 //! The lock is held for memory work only, never across an await and never while encoding.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -25,6 +26,9 @@ use crate::link::{End, Link, Refetch};
 
 /// How many odd clients are remembered as logged already: more than a large cluster has nodes.
 const LOGGED: usize = 16_384;
+
+/// Most addresses in a line of the log.
+const LOGGED_ADDRESSES: usize = 8;
 
 /// A transaction with more changes than this is encoded off the async threads.
 const BIG_DELTA: usize = 2_000;
@@ -88,6 +92,7 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 pub(crate) struct Admission {
     pub(crate) stream: StreamId,
+    pub(crate) node: Arc<str>,
     pub(crate) link: Arc<Link>,
     /// What the node holds; `None` = nothing that helps.
     pub(crate) cursor: Option<Position>,
@@ -200,8 +205,10 @@ impl Hub {
         let now = Instant::now();
         let step = {
             let mut shared = self.lock();
-            let old = shared.store.head();
+            let (old, told) = (shared.store.head(), shared.store.node_addresses().clone());
             let Some(seq) = shared.store.apply(changes, now) else { return };
+            // Under the same lock: who sees the new head sees that there are other facts.
+            shared.tell_node_addresses(&told);
             shared.nodes.published(old.seq, now);
             let delta = match shared.links.is_empty() {
                 true => None,
@@ -276,8 +283,10 @@ impl Hub {
 
     pub(crate) fn upsert_node(&self, context: NodeContext) {
         let mut shared = self.lock();
-        if shared.nodes.upsert_object(context.clone(), Instant::now()) {
-            shared.tell_context(context);
+        let (name, after) = (context.name.clone(), context.addresses.clone());
+        let before = shared.addresses_of(&name);
+        if shared.nodes.upsert_object(context, Instant::now()) {
+            shared.node_changed(&name, &before, &after);
             drop(shared);
             self.touch();
         }
@@ -285,8 +294,9 @@ impl Hub {
 
     pub(crate) fn remove_node(&self, name: &str) {
         let mut shared = self.lock();
+        let before = shared.addresses_of(name);
         if shared.nodes.remove_object(name, Instant::now()) {
-            shared.tell_context(NodeContext::unknown(name));
+            shared.node_changed(name, &before, &[]);
             drop(shared);
             self.touch();
         }
@@ -320,14 +330,14 @@ impl Hub {
         }
         let name = &facts.node_name;
         let stranger = !connected.has_node_object && shared.first_time("stranger", name.to_string());
-        let context = shared.nodes.get(name).and_then(|node| node.context());
         let admission = Admission {
             stream: connected.stream,
+            node: name.clone(),
             link,
             cursor,
             at_least,
             resume,
-            context: convert::context(context, name),
+            context: shared.context(name),
             head: shared.position(shared.store.head().seq),
         };
         drop(shared);
@@ -540,11 +550,39 @@ impl Shared {
         Some((delta, again, self.position(self.store.head().seq)))
     }
 
-    fn tell_context(&self, context: NodeContext) {
-        let link = self.nodes.stream_of(&context.name).and_then(|stream| self.links.get(&stream));
-        if let Some(link) = link {
-            link.context(context);
+    /// The facts about a node, as it is told them.
+    pub(crate) fn context(&self, name: &str) -> v1::NodeContext {
+        let context = self.nodes.get(name).and_then(|node| node.context());
+        convert::context(context, name, self.store.node_addresses())
+    }
+
+    fn addresses_of(&self, name: &str) -> Vec<IpAddr> {
+        let context = self.nodes.get(name).and_then(|node| node.context());
+        context.map_or_else(Vec::new, |context| context.addresses.clone())
+    }
+
+    /// The Node object of a name is another one than before, or gone.
+    fn node_changed(&mut self, name: &str, before: &[IpAddr], after: &[IpAddr]) {
+        let told = self.store.node_addresses().clone();
+        self.store.change_node(before, after);
+        if let Some(link) = self.nodes.stream_of(name).and_then(|stream| self.links.get(&stream)) {
+            link.context();
         }
+        self.tell_node_addresses(&told);
+    }
+
+    /// What Services name of nodes concerns every node.
+    fn tell_node_addresses(&self, told: &Arc<[IpAddr]>) {
+        let now = self.store.node_addresses();
+        if Arc::ptr_eq(told, now) {
+            return;
+        }
+        info!(addresses = ?&now[..now.len().min(LOGGED_ADDRESSES)], count = now.len(), "addresses of nodes that Services name");
+        if now.len() > convert::MAX_NODE_ADDRESSES {
+            let most = convert::MAX_NODE_ADDRESSES;
+            warn!(most, count = now.len(), "nodes are not told all addresses of nodes that Services name");
+        }
+        self.links.values().for_each(|link| link.context());
     }
 
     /// True where this was not logged before, as far as that is remembered.

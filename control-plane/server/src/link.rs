@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
-use lockstep_model::{Key, NodeContext};
+use lockstep_model::Key;
 use lockstep_wire::v1;
 use tokio::sync::Notify;
 use tonic::Status;
@@ -20,7 +20,7 @@ pub(crate) struct Link {
 #[derive(Debug, Default)]
 struct Mail {
     end: Option<End>,
-    context: Option<NodeContext>,
+    context: bool,
     refetch: Option<Refetch>,
 }
 
@@ -54,7 +54,8 @@ pub(crate) enum Refetch {
 #[derive(Debug)]
 pub(crate) enum Note {
     End(End),
-    Context(NodeContext),
+    /// The facts about the node are others.
+    Context,
     Refetch(Refetch),
 }
 
@@ -66,8 +67,8 @@ impl Link {
         });
     }
 
-    pub(crate) fn context(&self, context: NodeContext) {
-        self.put(|mail| mail.context = Some(context));
+    pub(crate) fn context(&self) {
+        self.put(|mail| mail.context = true);
     }
 
     pub(crate) fn refetch(&self, more: Refetch) {
@@ -91,11 +92,16 @@ impl Link {
         self.lock().end.take()
     }
 
+    /// True where the facts about the node are others. Asked for before a transaction is begun.
+    pub(crate) fn take_context(&self) -> bool {
+        std::mem::take(&mut self.lock().context)
+    }
+
     /// The next note. Asked for between transactions.
     pub(crate) fn take(&self) -> Option<Note> {
         let mut mail = self.lock();
         let end = mail.end.take().map(Note::End);
-        let end = end.or_else(|| mail.context.take().map(Note::Context));
+        let end = end.or_else(|| std::mem::take(&mut mail.context).then_some(Note::Context));
         end.or_else(|| mail.refetch.take().map(Note::Refetch))
     }
 

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Changes ──> Store::apply ──> seq, digest ──┬──> delta(cursor), snapshot, get   (what to send)
-//!                                            └──> services                       (what to show)
+//!                                            ├──> services                       (what to show)
+//!                                            └──> node_addresses                 (what nodes must leave alone)
 //! streams, reports ──> Nodes ──────────────────> counts, states, progress        (who is where)
 //! faults of the source ──> Quarantine
 //! ```
@@ -19,6 +20,7 @@
 
 mod changes;
 mod history;
+mod node_addresses;
 mod nodes;
 mod quarantine;
 mod services;

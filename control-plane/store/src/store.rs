@@ -1,4 +1,5 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -10,6 +11,7 @@ use lockstep_model::{
 
 use crate::Changes;
 use crate::history::{History, Published};
+use crate::node_addresses::NodeAddresses;
 use crate::services::Members;
 
 #[cfg(test)]
@@ -37,6 +39,7 @@ pub struct Store {
     pub(crate) by_service: BTreeMap<ServiceKey, Members>,
     /// The slots with content of what belongs to no Service.
     service_cidrs: BTreeMap<ServiceCidrKey, u32>,
+    node_addresses: NodeAddresses,
     /// The slots without content, as in `by_seq`.
     tombstones: BTreeSet<(u64, u32)>,
     max_tombstones: usize,
@@ -154,6 +157,7 @@ impl Store {
             by_seq: BTreeSet::new(),
             by_service: BTreeMap::new(),
             service_cidrs: BTreeMap::new(),
+            node_addresses: NodeAddresses::default(),
             tombstones: BTreeSet::new(),
             max_tombstones: tombstones,
             horizon: 0,
@@ -177,6 +181,18 @@ impl Store {
         self.revisions.iter().map(|(resource, version)| (resource.as_str(), version.as_str()))
     }
 
+    /// Addresses that Node objects state and Services name as external or load-balancer
+    /// addresses, sorted, each once. The same `Arc` for as long as nothing has changed.
+    pub fn node_addresses(&self) -> &Arc<[IpAddr]> {
+        self.node_addresses.settled()
+    }
+
+    /// A Node object states other addresses than before, each once. It publishes nothing.
+    pub fn change_node(&mut self, before: &[IpAddr], after: &[IpAddr]) {
+        self.node_addresses.node(before, after);
+        self.node_addresses.settle();
+    }
+
     /// Publishes changes as one transaction and returns its seq; `None` where nothing is
     /// different from before, which publishes nothing.
     pub fn apply(&mut self, changes: Changes, now: Instant) -> Option<u64> {
@@ -193,6 +209,7 @@ impl Store {
         if !changed {
             return None;
         }
+        self.node_addresses.settle();
         self.publish(trigger, now);
         self.forget_tombstones();
         Some(seq)
@@ -233,6 +250,8 @@ impl Store {
             }
             None => *self.counts.of_mut(key.kind()) += 1,
         }
+        let before = self.slots[slot as usize].content.as_ref().map(|old| &old.resource);
+        self.node_addresses.resource(before, Some(&content.resource));
         self.digest.add(&key, version);
         self.slots[slot as usize].content = Some(content);
         self.touch(slot, seq);
@@ -244,6 +263,7 @@ impl Store {
         let Some(slot) = self.by_key.get(key).copied() else { return false };
         let Some(old) = self.slots[slot as usize].content.take() else { return false };
         self.digest.remove(key, old.version);
+        self.node_addresses.resource(Some(&old.resource), None);
         *self.counts.of_mut(key.kind()) -= 1;
         self.touch(slot, seq);
         self.tombstones.insert((seq, slot));

@@ -269,6 +269,7 @@ pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
         localhost_node_ports: config.localhost_nodeports,
         masquerade_all: config.masquerade_all,
         one_pool: description.one_pool,
+        binds_addresses: description.binds_addresses,
         masquerade_bit: config.masquerade_bit,
         ..ViewConfig::new(config.node_name.as_str())
     };
@@ -371,6 +372,7 @@ mod tests {
             features: Vec::new(),
             node_port_addresses: NodePortAddresses::AllLocal,
             one_pool: false,
+            binds_addresses: false,
             localhost_node_ports: able,
         };
         view_config(&arguments.run.check().unwrap(), &description)

@@ -96,6 +96,7 @@ impl Bench {
             localhost_node_ports: false,
             masquerade_mark: 0x4000,
             service_cidrs: Vec::new(),
+            node_addresses: Vec::new(),
         };
         let all = (0..services).map(|index| service(index, endpoints, 0));
         let services_of_plan = all.map(|service| (service.key.clone(), Arc::new(service))).collect();

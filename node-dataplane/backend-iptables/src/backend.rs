@@ -192,6 +192,7 @@ impl Backend for Iptables {
             features: features.into_iter().filter(can).collect(),
             node_port_addresses: NodePortAddresses::AllLocal,
             one_pool: false,
+            binds_addresses: false,
             localhost_node_ports: match self.families.iter().any(|state| state.abilities.guard) {
                 true => self.localnet.is_possible(),
                 false => Err("the rule that guards the loopback is refused".to_owned()),

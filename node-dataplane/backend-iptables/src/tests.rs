@@ -75,6 +75,7 @@ fn node() -> NodePlan {
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
+        node_addresses: Vec::new(),
     }
 }
 

@@ -166,6 +166,7 @@ fn plan(pods: PodSources) -> ForwardingPlan {
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
+        node_addresses: Vec::new(),
     };
     ForwardingPlan { node, services: services.into_iter().map(|s| (s.key.clone(), Arc::new(s))).collect() }
 }

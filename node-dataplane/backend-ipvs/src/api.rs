@@ -35,6 +35,7 @@ impl Backend for Ipvs {
             features: self.features.clone(),
             node_port_addresses: NodePortAddresses::AllLocal,
             one_pool: true,
+            binds_addresses: true,
             localhost_node_ports: Err("IPVS translates nothing that is for a loopback address".to_owned()),
         }
     }

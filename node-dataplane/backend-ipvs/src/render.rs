@@ -93,6 +93,9 @@ impl Rendered {
         let Some(treatment) = treatment(frontend) else {
             return Err(Inexpressible { surface: frontend.surface, port: frontend.port.get() });
         };
+        if frontend.surface.address().is_some_and(|ip| terms.is_of_another_node(ip)) {
+            return Ok(());
+        }
         let (at, protocol) = (frontend.port.get(), number(port.protocol));
         let bound;
         let addresses = match frontend.surface {

@@ -86,6 +86,7 @@ impl Ipvs {
         objects += self.write_chains(&terms, &[Table::Filter, Table::Mangle])?;
 
         let (mut requests, mut owners, mut leaving) = (Vec::new(), Vec::new(), Vec::new());
+        let mut removals = Vec::new();
         let mut claimed: FxHashSet<Key> = kept;
         for (at, (_, rendered)) in wanted.iter().enumerate() {
             for server in &rendered.servers {
@@ -96,8 +97,11 @@ impl Ipvs {
                 leaving.extend(change.leaving);
             }
         }
-        for (key, found) in &standing.servers {
-            if !claimed.contains(key) {
+        for (key, found) in standing.servers.iter().filter(|(key, _)| !claimed.contains(*key)) {
+            if terms.is_of_another_node(key.address) {
+                // That node is not kept from its packets for as long as connections go on here.
+                removals.push(Request::Remove(*key));
+            } else {
                 leaving.extend(change::from_kernel(Some(found), None).leaving);
             }
         }
@@ -126,7 +130,7 @@ impl Ipvs {
         };
         let refused =
             blame(&requests, &owners, &refusals, |at| wanted.get(at).is_some_and(|(_, new)| has(new)));
-        let (mut removals, mut suspects) = (Vec::new(), FxHashSet::default());
+        let mut suspects = FxHashSet::default();
         for (at, left) in &refused {
             let Some((key, rendered)) = wanted.get(*at) else { continue };
             if !left.previous_in_force {

@@ -21,6 +21,8 @@ pub(crate) struct Terms {
     /// Addresses of the node's other interfaces, sorted.
     pub(crate) own: Vec<IpAddr>,
     node_ports: [Vec<IpAddr>; 2],
+    /// Addresses of other nodes that Services name, sorted: these are left alone.
+    others: Vec<IpAddr>,
     /// What Services have at the node's own addresses by external or load-balancer addresses: a node
     /// port of that number is not there.
     pub(crate) taken: Arc<FxHashSet<Key>>,
@@ -41,9 +43,11 @@ impl Terms {
             Some(all) => all.clone(),
             None => all_local(family).collect(),
         });
+        let all = node.node_addresses.iter().copied();
+        let others = all.filter(|ip| own.binary_search(ip).is_err()).collect();
         let (scheduler, pods) = (Arc::clone(scheduler), node.pods.clone());
         let taken = Arc::default();
-        Self { scheduler, mark: node.masquerade_mark, pods, scopes, own, node_ports, taken }
+        Self { scheduler, mark: node.masquerade_mark, pods, scopes, own, node_ports, others, taken }
     }
 
     /// Addresses that node ports of a family answer at.
@@ -76,6 +80,12 @@ impl Terms {
         }
         keys.sort_unstable();
         keys
+    }
+
+    /// True where the address is another node's: were it bound here, or a virtual server, this node
+    /// would take for itself what is sent there.
+    pub(crate) fn is_of_another_node(&self, ip: IpAddr) -> bool {
+        self.others.binary_search(&ip).is_ok()
     }
 
     /// True where another interface of the node has the address: then it is not ours to bind.

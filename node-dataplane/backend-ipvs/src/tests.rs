@@ -29,6 +29,7 @@ use crate::terms::Terms;
 use crate::{Ipvs, Options, fixed};
 
 mod leaving;
+mod other_nodes;
 mod random;
 
 const CLUSTER: Action = Action::Forward { pool: Pool::Cluster, masquerade: false };
@@ -176,6 +177,7 @@ fn plan(services: impl IntoIterator<Item = ServicePlan>) -> ForwardingPlan {
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
+        node_addresses: Vec::new(),
     };
     ForwardingPlan { node, services }
 }

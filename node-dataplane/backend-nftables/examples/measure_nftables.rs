@@ -66,6 +66,7 @@ fn measure(services: u32, endpoints: u32) -> Result<(), Box<dyn std::error::Erro
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
+        node_addresses: Vec::new(),
     };
     let all = (0..services).map(|n| service(n, endpoints, 0)).map(|plan| (plan.key.clone(), plan)).collect();
     let mut plan = ForwardingPlan { node, services: all };

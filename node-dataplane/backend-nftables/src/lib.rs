@@ -177,6 +177,7 @@ impl<N: Netfilter> Backend for Nftables<N> {
             features: contents::FEATURES.to_vec(),
             node_port_addresses: NodePortAddresses::Primary,
             one_pool: false,
+            binds_addresses: false,
             localhost_node_ports: Err("nftables mode has none, as kube-proxy's has none".to_owned()),
         }
     }

@@ -19,6 +19,7 @@ pub(crate) fn probe(netfilter: &mut dyn Netfilter, table: &str) -> Result<(), Er
         localhost_node_ports: false,
         masquerade_mark: 1,
         service_cidrs: Vec::new(),
+        node_addresses: Vec::new(),
     };
     let choice = Choice { pool: Pool::Cluster, count: 1, affinity: None };
     let affine = Choice { affinity: Some(1), ..choice };

@@ -95,6 +95,7 @@ pub fn node_context(node: &NodeContext) -> Vec<u8> {
     node.addresses.iter().for_each(|ip| out.address(5, *ip));
     node.pod_cidrs.iter().for_each(|cidr| out.text(6, &cidr.to_string()));
     out.number(7, u64::from(node.being_removed));
+    node.node_addresses.iter().for_each(|ip| out.address(8, *ip));
     out.0
 }
 

@@ -80,6 +80,9 @@ pub struct Description {
     /// It knows one pool per address and port, whoever asks. Then those that externalTrafficPolicy
     /// Local sends to the endpoints of this node have everybody with them, pods and the node too.
     pub one_pool: bool,
+    /// It makes addresses of Services the node's own. Then it must know which of them are other
+    /// nodes', and leave these alone ([`NodePlan::node_addresses`](crate::NodePlan::node_addresses)).
+    pub binds_addresses: bool,
     /// Whether it can let node ports answer at loopback addresses of IPv4; if not, why.
     pub localhost_node_ports: Result<(), String>,
 }

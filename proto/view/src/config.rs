@@ -26,6 +26,9 @@ pub struct ViewConfig {
     /// All sources of a frontend are sent to the same pool, see
     /// [`Description::one_pool`](crate::backend::Description::one_pool).
     pub one_pool: bool,
+    /// Addresses of Services become the node's own, see
+    /// [`Description::binds_addresses`](crate::backend::Description::binds_addresses).
+    pub binds_addresses: bool,
     /// The bit of the packet mark that means "masquerade", 0 to 31.
     pub masquerade_bit: u8,
 }
@@ -89,6 +92,7 @@ impl ViewConfig {
             localhost_node_ports: false,
             masquerade_all: false,
             one_pool: false,
+            binds_addresses: false,
             masquerade_bit: 14,
         }
     }
@@ -112,7 +116,14 @@ impl ViewConfig {
             localhost_node_ports,
             masquerade_mark: 1 << (self.masquerade_bit % 32),
             service_cidrs: self.outermost(service_cidrs),
+            node_addresses: self.node_addresses(node),
         }
+    }
+
+    /// Addresses of nodes that Services name, where they matter.
+    fn node_addresses(&self, node: &NodeContext) -> Vec<IpAddr> {
+        let matters = |ip: &&IpAddr| self.binds_addresses && self.families.contains(&Family::of(**ip));
+        node.node_addresses.iter().filter(matters).copied().collect()
     }
 
     fn pods(&self, node: &NodeContext) -> Option<PodSources> {

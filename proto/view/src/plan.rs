@@ -40,6 +40,11 @@ pub struct NodePlan {
     /// an address in here that no Service has as a cluster IP are dropped, where the backend can.
     /// Empty = not known.
     pub service_cidrs: Vec<IpNet>,
+    /// Addresses of nodes of the cluster that Services name as external or load-balancer addresses,
+    /// sorted. One that the node does not have on an interface is left alone, whatever Services want
+    /// there: packets go to the node that has it, which has the Services' frontends. Empty where the
+    /// backend does not make addresses of Services the node's own.
+    pub node_addresses: Vec<IpAddr>,
 }
 
 /// How a packet from a pod is recognised. A packet of the node itself came in by no interface, so
@@ -231,12 +236,20 @@ impl NodePlan {
             localhost_node_ports,
             masquerade_mark,
             service_cidrs: _,
+            node_addresses,
         } = self;
         *pods == other.pods
             && *node_ports_v4 == other.node_ports_v4
             && *node_ports_v6 == other.node_ports_v6
             && *localhost_node_ports == other.localhost_node_ports
             && *masquerade_mark == other.masquerade_mark
+            && *node_addresses == other.node_addresses
+    }
+
+    /// True where a Service names an address that is a node's: this node does with it what the plan
+    /// says only where it has the address itself.
+    pub fn is_of_a_node(&self, address: IpAddr) -> bool {
+        self.node_addresses.binary_search(&address).is_ok()
     }
 
     /// Where node ports answer in a family.

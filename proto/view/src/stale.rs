@@ -129,7 +129,12 @@ impl<'a> UdpFrontends<'a> {
         if let Some(here) = self.addresses.get(destination) {
             let behind = node_port.filter(|_| here.not_for_all && self.may_be_own(destination.address));
             let stays = !gone(here.serving) || behind.is_some_and(|serving| !gone(serving));
-            return if stays { Fate::Keep } else { Fate::Cut };
+            return match stays {
+                true => Fate::Keep,
+                // A flow to another node is that one's.
+                false if self.node.is_of_a_node(destination.address) => Fate::CutIfLocal,
+                false => Fate::Cut,
+            };
         }
         match node_port {
             Some(serving) if gone(serving) => self.at_node_port(destination.address, flow),

@@ -137,7 +137,8 @@ impl ForwardingPlan {
         if Family::of(packet.source) != Family::of(packet.destination) {
             return None;
         }
-        let by_address = |surface: Surface| surface.address() == Some(packet.destination);
+        let others = self.node.is_of_a_node(packet.destination) && !is_local(packet.destination, local);
+        let by_address = |surface: Surface| surface.address() == Some(packet.destination) && !others;
         self.find(packet, by_address).or_else(|| self.node_port(packet, local))
     }
 

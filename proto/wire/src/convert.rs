@@ -142,6 +142,7 @@ pub fn node_context_from_wire(message: &v1::NodeContext) -> Result<NodeContext, 
         addresses: Vec::with_capacity(message.addresses.len()),
         pod_cidrs: Vec::with_capacity(message.pod_cidrs.len()),
         being_removed: message.being_removed,
+        node_addresses: Vec::with_capacity(message.node_addresses.len()),
     };
     for (index, text) in message.addresses.iter().enumerate() {
         let address = parse_address(text).map_err(|reason| fault("addresses", index, text, reason))?;
@@ -157,6 +158,13 @@ pub fn node_context_from_wire(message: &v1::NodeContext) -> Result<NodeContext, 
     if node.uid.is_none() && node != NodeContext::unknown(node.name.clone()) {
         let reason = "is missing, though there are facts about the node";
         return Err(InvalidField { field: "uid".into(), value: String::new(), reason: reason.into() });
+    }
+    for (index, text) in message.node_addresses.iter().enumerate() {
+        let address = parse_address(text).map_err(|reason| fault("node_addresses", index, text, reason))?;
+        if node.node_addresses.last().is_some_and(|last| *last >= address) {
+            return Err(fault("node_addresses", index, text, "is not in order, or is there twice"));
+        }
+        node.node_addresses.push(address);
     }
     Ok(node)
 }

@@ -129,6 +129,16 @@ impl World {
         failures: Vec<v1::ResourceFailure>,
         settings: Option<v1::NodeSettings>,
     ) -> mpsc::Sender<v1::SyncRequest> {
+        self.node_in(v1::BackendKind::Iptables, name, failures, settings).await
+    }
+
+    async fn node_in(
+        &self,
+        mode: v1::BackendKind,
+        name: &str,
+        failures: Vec<v1::ResourceFailure>,
+        settings: Option<v1::NodeSettings>,
+    ) -> mpsc::Sender<v1::SyncRequest> {
         let (sender, receiver) = mpsc::channel(8);
         let request = |kind| v1::SyncRequest { kind: Some(kind) };
         let hello = v1::Hello {
@@ -138,7 +148,7 @@ impl World {
             protocol_min: 1,
             protocol_max: 1,
             backend: Some(v1::Backend {
-                kind: v1::BackendKind::Iptables.into(),
+                kind: mode.into(),
                 version: "legacy 1.8.9".into(),
                 families: vec![],
             }),

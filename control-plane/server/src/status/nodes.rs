@@ -42,7 +42,7 @@ pub(super) fn get(shared: &Shared, name: &str) -> Result<v1::GetNodeResponse, St
     let settings = node.session().and_then(|session| session.facts.settings.as_deref());
     Ok(v1::GetNodeResponse {
         node: Some(status(shared, name, node)),
-        context: Some(convert::context(node.context(), name)),
+        context: Some(shared.context(name)),
         head: Some(shared.position(shared.store.head().seq)),
         settings: settings.map(convert::settings_to_wire),
     })

@@ -16,7 +16,6 @@ use tonic::{Status, Streaming};
 
 use super::inbound;
 use crate::Hub;
-use crate::convert;
 use crate::frames::{BuildError, Built, Dialect};
 use crate::hub::Admission;
 use crate::link::{End, Link, Note};
@@ -25,6 +24,7 @@ use crate::link::{End, Link, Note};
 pub(super) struct Session {
     hub: Arc<Hub>,
     stream: StreamId,
+    node: Arc<str>,
     link: Arc<Link>,
     head: watch::Receiver<u64>,
     dialect: Dialect,
@@ -54,7 +54,7 @@ impl Session {
         welcome: v1::Welcome,
         inbound: Streaming<v1::SyncRequest>,
     ) -> Self {
-        let Admission { stream, link, cursor, at_least, resume, .. } = admission;
+        let Admission { stream, node, link, cursor, at_least, resume, .. } = admission;
         let inbound = tokio::spawn(inbound::run(hub.clone(), stream, link.clone(), inbound));
         Self {
             head: hub.head_changes(),
@@ -64,6 +64,7 @@ impl Session {
             ended: false,
             hub,
             stream,
+            node,
             link,
             dialect,
             cursor,
@@ -109,20 +110,17 @@ impl Session {
             if let Some(end) = self.link.take_end() {
                 return Err(end);
             }
-            if let Some(frame) = self.next_frame() {
-                return Ok(frame);
-            }
             if let Some(message) = self.due.pop_front() {
                 return Ok(response(message));
+            }
+            if let Some(frame) = self.next_frame() {
+                return Ok(frame);
             }
             // Marked as seen before the store is asked, so that nothing is missed in between.
             self.head.borrow_and_update();
             match self.link.take() {
                 Some(Note::End(end)) => return Err(end),
-                Some(Note::Context(context)) => {
-                    let context = convert::context(Some(&context), "");
-                    self.due.push_back(v1::sync_response::Kind::NodeContext(context));
-                }
+                Some(Note::Context) => self.tell_context(),
                 Some(Note::Refetch(what)) => {
                     let built = match self.cursor {
                         Some(cursor) => self.hub.refetch(cursor, what, self.dialect).await,
@@ -139,6 +137,11 @@ impl Session {
         }
     }
 
+    fn tell_context(&mut self) {
+        let context = self.hub.lock().context(&self.node);
+        self.due.push_back(v1::sync_response::Kind::NodeContext(context));
+    }
+
     fn is_behind(&self) -> bool {
         let head = self.hub.lock().store.head().seq;
         self.owed || self.cursor.is_none_or(|cursor| cursor.seq != head)
@@ -146,6 +149,11 @@ impl Session {
 
     fn begin(&mut self, built: Result<Built, BuildError>) -> Result<(), End> {
         let built = built.map_err(|error| End::Failed(Status::internal(error.to_string())))?;
+        // Facts that changed with what is sent go before it: a node must not take an address of a
+        // Service for its own and hear then that it is another node's.
+        if self.link.take_context() {
+            self.tell_context();
+        }
         self.sending = Some((built, 0));
         self.owed = false;
         Ok(())

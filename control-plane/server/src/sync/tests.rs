@@ -381,6 +381,45 @@ async fn a_node_hears_of_its_own_facts_only() {
 }
 
 #[tokio::test]
+async fn every_node_hears_of_nodes_addresses_that_services_name_before_the_services() {
+    let world = world().await;
+    let at = |last: u8| std::net::IpAddr::from([192, 0, 2, last]);
+    let object = |name: &str, addresses: Vec<std::net::IpAddr>| NodeContext {
+        uid: Some(name.into()),
+        addresses,
+        ..NodeContext::unknown(name)
+    };
+    world.hub.upsert_node(object("n2", vec![at(2), at(22)]));
+    let mut node = world.node(hello("n1", "a")).await;
+    node.reach(1).await;
+    let named = |context: &v1::NodeContext| context.node_addresses.join(" ");
+    assert_eq!(named(node.welcome.node_context.as_ref().unwrap()), "");
+    let web = |external: Vec<std::net::IpAddr>| lockstep_model::Service {
+        external_ips: external,
+        ..service("web", 1)
+    };
+    world.publish(|changes| changes.upsert(web(vec![at(2), at(3)])));
+    let Response::NodeContext(context) = node.next_other().await else { panic!("facts") };
+    assert_eq!((named(&context), context.uid.as_str()), ("192.0.2.2".into(), ""), "n1 has no Node object");
+    assert_eq!(node.position.seq, 1, "what names them comes after");
+    node.reach(2).await;
+    world.hub.upsert_node(object("n3", vec![at(3)]));
+    let Response::NodeContext(context) = node.next_other().await else { panic!("facts") };
+    assert_eq!(named(&context), "192.0.2.2 192.0.2.3");
+    let late = world.node(hello("n3", "a")).await;
+    assert_eq!(named(late.welcome.node_context.as_ref().unwrap()), "192.0.2.2 192.0.2.3");
+    let request = v1::GetNodeRequest { node_name: "n3".into() };
+    let shown = world.status().await.get_node(request).await.unwrap().into_inner().context.unwrap();
+    assert_eq!(named(&shown), "192.0.2.2 192.0.2.3", "what is asked for is what nodes are told");
+    world.hub.remove_node("n2");
+    let Response::NodeContext(context) = node.next_other().await else { panic!("facts") };
+    assert_eq!(named(&context), "192.0.2.3");
+    world.publish(|changes| changes.remove(Key::Service(ServiceKey::new("default", "web"))));
+    let Response::NodeContext(context) = node.next_other().await else { panic!("facts") };
+    assert_eq!(named(&context), "");
+}
+
+#[tokio::test]
 async fn an_unusable_beginning_is_refused() {
     let config = Config { hello_timeout: Duration::from_millis(50), ..Config::default() };
     let world = World::new(config).await;

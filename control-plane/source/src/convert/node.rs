@@ -128,7 +128,9 @@ pub fn node(object: &Node, names: &mut Interner) -> Result<NodeContext, InvalidF
     let being_removed =
         object.metadata.deletion_timestamp.is_some() || taints.any(|taint| taint.key == REMOVAL_TAINT);
     let (uid, pod_cidrs) = (uid.map(Into::into), pod_cidrs(object)?);
-    Ok(NodeContext { name, uid, zone, region, addresses, pod_cidrs, being_removed })
+    // What the whole cluster says of nodes is not in the object of one.
+    let node_addresses = Vec::new();
+    Ok(NodeContext { name, uid, zone, region, addresses, pod_cidrs, being_removed, node_addresses })
 }
 
 fn pod_cidrs(object: &Node) -> Result<Vec<ipnet::IpNet>, InvalidField> {

@@ -164,6 +164,7 @@ pub(crate) fn plan(services: impl IntoIterator<Item = ServicePlan>) -> Forwardin
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
+        node_addresses: Vec::new(),
     };
     let services = services.into_iter().map(|service| (service.key.clone(), Arc::new(service))).collect();
     ForwardingPlan { node, services }

@@ -117,6 +117,7 @@ pub(crate) fn node() -> NodePlan {
         localhost_node_ports: false,
         masquerade_mark: 0x4000,
         service_cidrs: ["10.96.0.0/12", "fd00:96::/112"].map(|cidr| cidr.parse().unwrap()).to_vec(),
+        node_addresses: Vec::new(),
     }
 }
 

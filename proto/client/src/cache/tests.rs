@@ -13,7 +13,12 @@ use crate::session::{Change, Committed};
 use crate::testing::{cidr_key, cluster, endpoints, service, service_cidr, service_key, set_key};
 
 fn node() -> NodeContext {
-    NodeContext { uid: Some("uid-1".into()), zone: Some("a".into()), ..NodeContext::unknown("node-a") }
+    NodeContext {
+        uid: Some("uid-1".into()),
+        zone: Some("a".into()),
+        node_addresses: vec!["192.0.2.7".parse().unwrap(), "2001:db8::7".parse().unwrap()],
+        ..NodeContext::unknown("node-a")
+    }
 }
 
 fn position(seq: u64, state: &State) -> Position {

@@ -496,6 +496,23 @@ fn service_cidrs_are_the_nodes_and_concern_no_service() {
 }
 
 #[test]
+fn addresses_of_nodes_that_services_name_matter_where_addresses_are_bound() {
+    let named = ["192.168.0.3", "2001:db8::3"].map(ip);
+    let told = NodeContext { node_addresses: named.into(), ..node() };
+    let mut other = Cluster::new(config());
+    other.view.set_node(told.clone());
+    assert!(other.view.update(&other.state, &[]).is_empty(), "nobody else has anything to do by it");
+    let mut binding = Cluster::new(ViewConfig { binds_addresses: true, ..config() });
+    binding.view.set_node(told.clone());
+    assert!(binding.view.update(&binding.state, &[]).node);
+    assert_eq!(binding.view.plan().node.node_addresses, named);
+    binding.view.set_node(node());
+    assert!(binding.view.update(&binding.state, &[]).node);
+    let v4_only = ViewConfig { binds_addresses: true, families: vec![Family::V4], ..config() };
+    assert_eq!(v4_only.node_plan(&told, &[], &[]).node_addresses, named[..1]);
+}
+
+#[test]
 fn explanations_name_the_reason() {
     let web = service("a/web", &["172.30.0.1"]);
     let s1 = slice(

@@ -207,3 +207,20 @@ fn an_address_and_a_node_port_of_one_number_are_looked_at_together() {
     assert_eq!(with(&["dns", "by-address"]), ["by-node-port"]);
     assert!(with(&["aside", "tcp", "nobody", "inside", "gone"]).is_empty());
 }
+
+#[test]
+fn at_an_address_of_a_node_a_flow_is_cut_only_on_that_node() {
+    let dns = dns();
+    let mut cluster = with(&dns, vec![endpoint("10.1.0.1", "n1", READY)]);
+    let plan = cluster.plan(&dns);
+    let [_, address, _] = ALL_FRONTENDS;
+    assert_eq!(fate(&mut cluster, &dns, address, "10.1.0.9:5353"), Fate::Cut);
+    let mut node = cluster.view.plan().node.clone();
+    node.node_addresses = vec![target(address).address];
+    let frontends = UdpFrontends::of(&node, [&*plan]);
+    let fate =
+        |answers: &str| frontends.fate(&Flow { destination: target(address), answers: target(answers) });
+    assert_eq!(fate("10.1.0.9:5353"), Fate::CutIfLocal);
+    assert_eq!(fate(address), Fate::CutIfLocal, "untranslated here, because it is for another node");
+    assert_eq!(fate("10.1.0.1:5353"), Fate::Keep);
+}

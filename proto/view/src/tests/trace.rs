@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use lockstep_model::{Protocol, Service, ServiceType, TrafficPolicy};
+use lockstep_model::{NodeContext, Protocol, Service, ServiceType, TrafficPolicy};
 
 use super::cluster::{
     Cluster, DRAINING, READY, config, endpoint, ip, node, number, port, service, slice, vip,
@@ -282,6 +282,24 @@ fn what_no_service_has_is_left_alone() {
     let udp = Packet { protocol: Protocol::Udp, ..packet(POD, "172.30.0.1", 80) };
     let trace = cluster.view.plan().trace(&udp, &local());
     assert_eq!((trace.matched, trace.verdict), (None, Verdict::OtherPort));
+}
+
+#[test]
+fn what_is_at_another_nodes_address_is_left_to_that_node_where_addresses_are_bound() {
+    let external_ips = ["192.168.0.2", "192.168.0.3", "203.0.113.1"].map(ip);
+    let web = Service { external_ips: external_ips.into(), ..service("a/web", &["172.30.0.1"]) };
+    let results = |binds_addresses| {
+        let mut cluster = Cluster::new(ViewConfig { binds_addresses, ..config() });
+        cluster.put(web.clone());
+        cluster.put(slice(&web, "s1", vec![endpoint("10.1.0.1", "n2", READY)]));
+        let node_addresses = external_ips[..2].to_vec();
+        cluster.view.set_node(NodeContext { node_addresses, ..node() });
+        cluster.view.update(&cluster.state, &[]);
+        external_ips.map(|to| result(&cluster, "10.2.0.9", &to.to_string(), 80))
+    };
+    let [own, others, nobodys] = results(false);
+    assert!(own == others && own == nobodys && own.contains("10.1.0.1"), "{own}, {others}, {nobodys}");
+    assert_eq!(results(true), [own.clone(), String::new(), own], "left alone");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use lockstep_model::{
     NodeContext, Port, Protocol, Service, ServiceCidr, ServiceCidrKey, ServiceKey, ServicePort, ServiceType,
     TrafficDistribution, TrafficPolicy,
 };
-use proptest::collection::vec;
+use proptest::collection::{btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;
 
@@ -190,12 +190,13 @@ pub(super) fn service_cidr() -> impl Strategy<Value = ServiceCidr> {
 pub(super) fn node_context() -> impl Strategy<Value = NodeContext> {
     let lists = (vec(address(), 0..4), vec(cidr(), 0..3));
     let facts = (name(), option::of(zone()), option::of(zone()), lists, any::<bool>());
-    (name(), option::of(facts)).prop_map(|(name, facts)| match facts {
-        None => NodeContext::unknown(name),
+    let node_addresses = btree_set(address(), 0..4).prop_map(|all| all.into_iter().collect());
+    (name(), option::of(facts), node_addresses).prop_map(|(name, facts, node_addresses)| match facts {
+        None => NodeContext { node_addresses, ..NodeContext::unknown(name) },
         Some((uid, zone, region, (mut addresses, pod_cidrs), being_removed)) => {
-            let mut seen = HashSet::new();
+            let (mut seen, uid) = (HashSet::new(), Some(uid));
             addresses.retain(|address| seen.insert(*address));
-            NodeContext { name, uid: Some(uid), zone, region, addresses, pod_cidrs, being_removed }
+            NodeContext { name, uid, zone, region, addresses, pod_cidrs, being_removed, node_addresses }
         }
     })
 }

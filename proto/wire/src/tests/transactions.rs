@@ -282,6 +282,12 @@ fn facts_about_a_node_are_checked() {
     assert_eq!(error(facts), "addresses[1]: \"10.0.0.1\" is there twice");
     let facts = v1::NodeContext { pod_cidrs: texts(&["10.0.0.1/24"]), ..node() };
     assert_eq!(error(facts), "pod_cidrs[0]: \"10.0.0.1/24\" has host bits set");
+    let facts = v1::NodeContext { node_addresses: texts(&["10.0.0.2", "10.0.0.1"]), ..node() };
+    assert_eq!(error(facts), "node_addresses[1]: \"10.0.0.1\" is not in order, or is there twice");
+    // What the cluster says of other nodes is not of the Node object.
+    let facts =
+        v1::NodeContext { uid: String::new(), node_addresses: texts(&["10.0.0.1", "fd00::1"]), ..node() };
+    assert_eq!(convert::node_context_from_wire(&facts).unwrap().node_addresses.len(), 2);
 }
 
 #[test]

@@ -34,6 +34,11 @@ fn why_not(evidence: &Evidence, service: &Service) -> Option<String> {
         let ports: Vec<String> =
             service.ports.iter().map(|it| format!("{}/{}", it.port, it.protocol)).collect();
         if service.ports.iter().any(|it| wanted(it) && it.port == packet.port) {
+            if evidence.view.plan().node.is_of_a_node(to) {
+                return Some(format!(
+                    "{key} has {to}, which is another node's address: {node} leaves it to that node in this mode"
+                ));
+            }
             return Some(format!("{key} has {to}, in a family that {node} does not program"));
         }
         return Some(format!("{key} has {to}, but only port {}", ports.join(", ")));

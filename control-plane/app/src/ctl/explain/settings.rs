@@ -40,6 +40,7 @@ impl Told {
             config.families = families;
         }
         config.one_pool = backend.kind() == v1::BackendKind::Ipvs;
+        config.binds_addresses = config.one_pool;
         let Some(settings) = settings else {
             if backend.kind() == v1::BackendKind::Nftables {
                 config.node_port_addresses = NodePortAddresses::Primary;

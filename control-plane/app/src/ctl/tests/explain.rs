@@ -323,6 +323,27 @@ async fn a_packet_for_nobody_is_left_alone_and_what_is_close_is_named() {
 }
 
 #[tokio::test]
+async fn what_is_at_another_nodes_address_is_left_to_that_node_in_ipvs_mode() {
+    let (world, _node) = World::explained(shop(), vec![carts()], vec![]).await;
+    let at = "10.200.0.12".parse().unwrap();
+    let other = NodeContext { uid: Some("u2".into()), addresses: vec![at], ..NodeContext::unknown("n2") };
+    let cart = Service { external_ips: vec![at], ..shop() };
+    world.put(|changes| changes.upsert(cart), vec![other]).await;
+    let _others = [
+        world.node_in(v1::BackendKind::Ipvs, "n2", vec![], Some(settings())).await,
+        world.node_in(v1::BackendKind::Ipvs, "n3", vec![], Some(settings())).await,
+    ];
+    let question = |node: &str| format!("--node {node} --from 10.1.0.9 tcp 10.200.0.12:443");
+    for node in ["n1", "n2"] {
+        assert_eq!(world.json(&question(node)).await["verdict"], "Forwarded", "{node}");
+    }
+    let it = world.json(&question("n3")).await;
+    let near =
+        "shop/cart has 10.200.0.12, which is another node's address: n3 leaves it to that node in this mode";
+    assert_eq!((&it["verdict"], &it["nearby"][0]), (&"LeftAlone".into(), &near.into()));
+}
+
+#[tokio::test]
 async fn a_question_without_an_answer_has_an_exit_code() {
     let (world, _node) = World::explained(shop(), vec![carts()], vec![]).await;
     for (line, expected) in [

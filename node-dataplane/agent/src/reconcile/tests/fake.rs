@@ -121,6 +121,7 @@ impl Backend for FakeBackend {
             features: vec![Feature::Sctp],
             node_port_addresses: NodePortAddresses::AllLocal,
             one_pool: false,
+            binds_addresses: false,
             localhost_node_ports: Ok(()),
         }
     }
