@@ -21,7 +21,7 @@ const PORTS: [u16; 4] = [20_001, 20_002, 20_003, 20_004];
 /// How much longer than in nftables mode a connection may take.
 const LONGER: Duration = Duration::from_millis(500);
 /// Connections that each client makes between two changes.
-const BETWEEN: usize = 24;
+const BETWEEN: usize = 16;
 
 /// What became of the connections of one client.
 #[derive(Debug, Default)]
@@ -112,7 +112,7 @@ fn a_port_that_is_used_again_waits_for_nothing_while_endpoints_roll() -> Result<
             .map(|(place, made)| scope.spawn(move || run(place, made)))
             .collect();
         let roll = || -> Result<()> {
-            for round in 0..9 {
+            for round in 0..6 {
                 let now = [&pods[..1], &pods[1..], &pods[..]][round % 3];
                 product.change(|product| product.write_manifest("roll.yaml", &roll_manifest(now)))?;
                 let goal: Vec<usize> =
