@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use lockstep_integration::fixture::{
     roll, roll_manifest, started, streams_to_roll, streams_to_web, web, web_pods,
 };
-use lockstep_integration::guest::patient;
+use lockstep_integration::guest::{bearable, patient};
 use lockstep_integration::lab::{Family, Place};
 use lockstep_integration::load::{Load, Report, Stream};
 use lockstep_integration::product::{Mode, Product};
@@ -56,7 +56,7 @@ fn roll_to(product: &Product, round: u8) -> Result<Place> {
 #[test]
 fn agents_killed_and_restarted_lose_no_connection() -> Result<()> {
     let mut product = started(&Mode::here())?;
-    let load = Load::start(&product.lab, streams_to_web(&product), RATE);
+    let load = Load::start(&product.lab, streams_to_web(&product), bearable(RATE));
     for round in 0..ROUNDS {
         let node = 1 + round % product.lab.nodes();
         product.agent(node)?.kill()?;
@@ -71,7 +71,7 @@ fn agents_killed_and_restarted_lose_no_connection() -> Result<()> {
 #[test]
 fn control_plane_killed_and_restarted_loses_no_connection() -> Result<()> {
     let mut product = started(&Mode::here())?;
-    let load = Load::start(&product.lab, streams_to_web(&product), RATE);
+    let load = Load::start(&product.lab, streams_to_web(&product), bearable(RATE));
     for _ in 0..3 {
         product.control_plane()?.kill()?;
         load.go_on(BETWEEN)?;
@@ -88,7 +88,7 @@ fn modes_switched_while_endpoints_roll_lose_no_connection() -> Result<()> {
     product.change(|product| roll_to(product, 0).map(drop))?;
     // The endpoint of some of these will leave: who is talking to it goes on.
     let mut open = conversations(&product)?;
-    let load = Load::start(&product.lab, everything(&product), RATE);
+    let load = Load::start(&product.lab, everything(&product), bearable(RATE));
     let all = Mode::here();
     let mut modes = all.clone();
     for round in 1..=2 * product.lab.nodes() {
@@ -136,7 +136,7 @@ fn conversations(product: &Product) -> Result<Vec<(Place, SocketAddr, Conversati
 fn changes_to_one_service_lose_no_connection_to_it_or_to_another() -> Result<()> {
     let product = started(&Mode::here())?;
     product.change(|product| roll_to(product, 0).map(drop))?;
-    let load = Load::start(&product.lab, everything(&product), RATE);
+    let load = Load::start(&product.lab, everything(&product), bearable(RATE));
     for round in 1..=ROUNDS {
         roll_to(&product, round)?;
         load.go_on(BETWEEN)?;
@@ -148,7 +148,7 @@ fn changes_to_one_service_lose_no_connection_to_it_or_to_another() -> Result<()>
 fn everything_killed_while_endpoints_roll_loses_no_connection() -> Result<()> {
     let mut product = started(&Mode::here())?;
     product.change(|product| roll_to(product, 0).map(drop))?;
-    let load = Load::start(&product.lab, everything(&product), RATE);
+    let load = Load::start(&product.lab, everything(&product), bearable(RATE));
     for round in 1..=ROUNDS {
         let node = 1 + round % product.lab.nodes();
         roll_to(&product, round)?;
@@ -182,7 +182,7 @@ fn everything_killed_while_endpoints_roll_loses_no_connection() -> Result<()> {
 fn after_wait_returns_no_new_connection_reaches_a_removed_endpoint() -> Result<()> {
     let product = started(&Mode::here())?;
     product.change(|product| roll_to(product, 0).map(drop))?;
-    let load = Load::start(&product.lab, streams_to_roll(&product), RATE);
+    let load = Load::start(&product.lab, streams_to_roll(&product), bearable(RATE));
     // From when to when which pod must not be reached.
     let mut absences: Vec<(Instant, Instant, Place)> = Vec::new();
     let mut waits = Vec::new();

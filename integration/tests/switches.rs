@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use lockstep_integration::fixture::{self, product, roll, web};
 use lockstep_integration::foreign::{self, has_rules_of, rules, rules_of_others, same};
+use lockstep_integration::guest::bearable;
 use lockstep_integration::lab::{Family, Place};
 use lockstep_integration::load::Load;
 use lockstep_integration::product::{Mode, Product};
@@ -59,7 +60,7 @@ fn goes_over(from: Mode, to: Mode) -> Result<()> {
 
     product.agent(1)?.kill()?;
     product.set_mode(1, to);
-    let load = Load::start(&product.lab, fixture::streams_to_web(&product), LOAD);
+    let load = Load::start(&product.lab, fixture::streams_to_web(&product), bearable(LOAD));
     product.start_agent(1)?;
     product.agent(1)?.wait_for_log("removed the rules of a mode")?;
     load.go_on(3)?;
