@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
-/// How often a limit of time fits into the one that is meant; 1 where unset, or no number.
+/// The variable that says how patient to be; 1 where unset, or no number.
 const PATIENCE: &str = "LOCKSTEP_PATIENCE";
 
 /// True inside it.
@@ -11,11 +11,18 @@ pub fn is_here() -> bool {
     std::env::var_os("LOCKSTEP_GUEST").is_some()
 }
 
+/// How often a limit of time fits into the one that is meant.
+static FACTOR: LazyLock<u32> = LazyLock::new(|| {
+    let factor = std::env::var(PATIENCE).ok().and_then(|factor| factor.parse().ok());
+    factor.filter(|factor| *factor > 0).unwrap_or(1)
+});
+
 /// A limit of time that suits this machine.
 pub fn patient(limit: Duration) -> Duration {
-    static FACTOR: LazyLock<u32> = LazyLock::new(|| {
-        let factor = std::env::var(PATIENCE).ok().and_then(|factor| factor.parse().ok());
-        factor.filter(|factor| *factor > 0).unwrap_or(1)
-    });
     limit * *FACTOR
+}
+
+/// A load that suits this machine, in things a second.
+pub fn bearable(per_second: u32) -> u32 {
+    (per_second / *FACTOR).max(1)
 }

@@ -12,6 +12,7 @@
 //!   └─> relay: the way to it from inside a lab ──> kube_proxy: the real one, on a node
 //!         └─> kube_proxy_cluster: in every mode at once, for scenarios to be played on
 //! control_plane, follower: the control plane as a process on loopback, and nodes without a kernel
+//! foreign: what other programs have in a node's kernel beside us
 //! guest: whether all this runs in a kernel of its own, and how patient to be there
 //! leftovers: what makes programs and directories end with the process, whatever ends it
 //! ```
@@ -26,6 +27,7 @@ pub mod certificates;
 pub mod control_plane;
 pub mod fixture;
 pub mod follower;
+pub mod foreign;
 pub mod guest;
 pub mod kube_proxy;
 pub mod kube_proxy_cluster;

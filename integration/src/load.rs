@@ -175,7 +175,7 @@ impl Stream {
 }
 
 /// SYNs and SYN-ACKs that the namespace of this thread sent more than once.
-fn syns_sent_again() -> Result<u64> {
+pub fn syns_sent_again() -> Result<u64> {
     // `/proc/net` is that of the process's first thread, which stays where it was.
     let path = "/proc/thread-self/net/netstat";
     let text = std::fs::read_to_string(path).context(path)?;

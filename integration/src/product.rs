@@ -369,10 +369,16 @@ impl Product {
 
     /// Removes everything of Lockstep from a node's kernel.
     pub fn cleanup(&self, node: u8) -> Result<()> {
+        self.cleanup_with(node, &[])
+    }
+
+    /// The same with flags.
+    pub fn cleanup_with(&self, node: u8, flags: &[&str]) -> Result<()> {
         let output = self
             .lab
             .command(Place::Node(node), program(&self.binaries, "lockstep-node")?)
             .arg("cleanup")
+            .args(flags)
             .output()?;
         ensure!(output.status.success(), "cleanup: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lockstep_kernel::refusals;
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
 use crate::guest::patient;
 use crate::lab::{Lab, Place};
@@ -205,6 +205,12 @@ impl Conversation {
     pub fn go_on(&mut self) -> Result<()> {
         let by = self.exchange(b"?\n")?;
         ensure!(by == self.with, "answered by {by}, after {}", self.with);
+        Ok(())
+    }
+
+    /// Ends it with a reset, after which nobody waits for late packets.
+    pub fn reset(self) -> Result<()> {
+        SockRef::from(self.stream.get_ref()).set_linger(Some(Duration::ZERO))?;
         Ok(())
     }
 

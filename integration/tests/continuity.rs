@@ -1,5 +1,5 @@
 //! Connections under sustained load while everything around them fails and changes: one node in
-//! each mode, clients inside and outside. Needs root.
+//! each mode that this kernel is sure to have, clients inside and outside. Needs root.
 #![allow(clippy::print_stdout, reason = "what was measured belongs in the report")]
 
 use std::collections::BTreeSet;
@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use lockstep_integration::fixture::{
     roll, roll_manifest, started, streams_to_roll, streams_to_web, web, web_pods,
 };
+use lockstep_integration::guest::{bearable, patient};
 use lockstep_integration::lab::{Family, Place};
 use lockstep_integration::load::{Load, Report, Stream};
 use lockstep_integration::product::{Mode, Product};
@@ -17,8 +18,8 @@ use lockstep_integration::traffic::Conversation;
 
 /// Connections a second, all streams together.
 const RATE: u32 = 200;
-/// Below this, the machine was too busy to show anything.
-const ENOUGH: f64 = 50.0;
+/// With more time than this from one connection to the next, the machine was too busy to show anything.
+const APART: Duration = Duration::from_millis(20);
 /// Connections that each stream makes between two events.
 const BETWEEN: usize = 4;
 const ROUNDS: u8 = 6;
@@ -32,7 +33,8 @@ fn judge(load: Load) -> Result<Report> {
         "{} connections at {rate:.0} a second, none lost or misdelivered, no SYN sent twice; slowest {slowest:.0?}",
         report.answers.len()
     );
-    ensure!(rate >= ENOUGH, "{rate:.0} connections a second are too few to show anything");
+    let apart = Duration::from_secs_f64(1.0 / rate);
+    ensure!(apart <= patient(APART), "{rate:.0} connections a second are too few to show anything");
     Ok(report)
 }
 
@@ -45,18 +47,18 @@ fn everything(product: &Product) -> Vec<Stream> {
 /// Endpoints of `roll` in a round: all second pods but one. Returns the one that is out.
 fn roll_to(product: &Product, round: u8) -> Result<Place> {
     let pods = |node| Place::Pod(node, 2);
-    let out = pods(1 + round % 3);
-    let stay: Vec<Place> = (1..=3).map(pods).filter(|pod| *pod != out).collect();
+    let out = pods(1 + round % product.lab.nodes());
+    let stay: Vec<Place> = (1..=product.lab.nodes()).map(pods).filter(|pod| *pod != out).collect();
     product.write_manifest("roll.yaml", &roll_manifest(&stay))?;
     Ok(out)
 }
 
 #[test]
 fn agents_killed_and_restarted_lose_no_connection() -> Result<()> {
-    let mut product = started(&Mode::ALL)?;
-    let load = Load::start(&product.lab, streams_to_web(&product), RATE);
+    let mut product = started(&Mode::here())?;
+    let load = Load::start(&product.lab, streams_to_web(&product), bearable(RATE));
     for round in 0..ROUNDS {
-        let node = 1 + round % 3;
+        let node = 1 + round % product.lab.nodes();
         product.agent(node)?.kill()?;
         load.go_on(BETWEEN)?;
         product.start_agent(node)?;
@@ -68,8 +70,8 @@ fn agents_killed_and_restarted_lose_no_connection() -> Result<()> {
 
 #[test]
 fn control_plane_killed_and_restarted_loses_no_connection() -> Result<()> {
-    let mut product = started(&Mode::ALL)?;
-    let load = Load::start(&product.lab, streams_to_web(&product), RATE);
+    let mut product = started(&Mode::here())?;
+    let load = Load::start(&product.lab, streams_to_web(&product), bearable(RATE));
     for _ in 0..3 {
         product.control_plane()?.kill()?;
         load.go_on(BETWEEN)?;
@@ -82,18 +84,19 @@ fn control_plane_killed_and_restarted_loses_no_connection() -> Result<()> {
 
 #[test]
 fn modes_switched_while_endpoints_roll_lose_no_connection() -> Result<()> {
-    let mut product = started(&Mode::ALL)?;
+    let mut product = started(&Mode::here())?;
     product.change(|product| roll_to(product, 0).map(drop))?;
     // The endpoint of some of these will leave: who is talking to it goes on.
     let mut open = conversations(&product)?;
-    let load = Load::start(&product.lab, everything(&product), RATE);
-    let mut modes = Mode::ALL;
-    for round in 1..=ROUNDS {
-        let node = 1 + round % 3;
+    let load = Load::start(&product.lab, everything(&product), bearable(RATE));
+    let all = Mode::here();
+    let mut modes = all.clone();
+    for round in 1..=2 * product.lab.nodes() {
+        let node = 1 + round % product.lab.nodes();
         // Twice around, so that every node leaves and enters two modes.
         let mode = &mut modes[usize::from(node) - 1];
-        let next = Mode::ALL.iter().position(|known| known == mode).unwrap_or_default() + 1;
-        *mode = Mode::ALL[next % Mode::ALL.len()];
+        let next = all.iter().position(|known| known == mode).unwrap_or_default() + 1;
+        *mode = all[next % all.len()];
         product.set_mode(node, *mode);
         // One half ends as in an upgrade, the other as in a crash.
         if round % 2 == 0 {
@@ -131,9 +134,9 @@ fn conversations(product: &Product) -> Result<Vec<(Place, SocketAddr, Conversati
 
 #[test]
 fn changes_to_one_service_lose_no_connection_to_it_or_to_another() -> Result<()> {
-    let product = started(&Mode::ALL)?;
+    let product = started(&Mode::here())?;
     product.change(|product| roll_to(product, 0).map(drop))?;
-    let load = Load::start(&product.lab, everything(&product), RATE);
+    let load = Load::start(&product.lab, everything(&product), bearable(RATE));
     for round in 1..=ROUNDS {
         roll_to(&product, round)?;
         load.go_on(BETWEEN)?;
@@ -143,11 +146,11 @@ fn changes_to_one_service_lose_no_connection_to_it_or_to_another() -> Result<()>
 
 #[test]
 fn everything_killed_while_endpoints_roll_loses_no_connection() -> Result<()> {
-    let mut product = started(&Mode::ALL)?;
+    let mut product = started(&Mode::here())?;
     product.change(|product| roll_to(product, 0).map(drop))?;
-    let load = Load::start(&product.lab, everything(&product), RATE);
+    let load = Load::start(&product.lab, everything(&product), bearable(RATE));
     for round in 1..=ROUNDS {
-        let node = 1 + round % 3;
+        let node = 1 + round % product.lab.nodes();
         roll_to(&product, round)?;
         product.agent(node)?.kill()?;
         if round % 2 == 0 {
@@ -177,9 +180,9 @@ fn everything_killed_while_endpoints_roll_loses_no_connection() -> Result<()> {
 
 #[test]
 fn after_wait_returns_no_new_connection_reaches_a_removed_endpoint() -> Result<()> {
-    let product = started(&Mode::ALL)?;
+    let product = started(&Mode::here())?;
     product.change(|product| roll_to(product, 0).map(drop))?;
-    let load = Load::start(&product.lab, streams_to_roll(&product), RATE);
+    let load = Load::start(&product.lab, streams_to_roll(&product), bearable(RATE));
     // From when to when which pod must not be reached.
     let mut absences: Vec<(Instant, Instant, Place)> = Vec::new();
     let mut waits = Vec::new();
@@ -188,7 +191,7 @@ fn after_wait_returns_no_new_connection_reaches_a_removed_endpoint() -> Result<(
         product.take_in(|product| roll_to(product, round).map(|pod| out = Some(pod)))?;
         let asked = Instant::now();
         let wait =
-            product.ctl(&["wait", "default/roll", "--level", "verified", "--timeout", "30s"])?.output()?;
+            product.ctl(&["wait", "default/roll", "--level", "verified", "--timeout", "120s"])?.output()?;
         let gone = Instant::now();
         ensure!(wait.status.success(), "wait: {}", String::from_utf8_lossy(&wait.stderr));
         waits.push(asked.elapsed());
@@ -207,6 +210,6 @@ fn after_wait_returns_no_new_connection_reaches_a_removed_endpoint() -> Result<(
     let longest = waits.into_iter().max().unwrap_or_default();
     println!("{looked_at} connections begun after a wait returned; longest wait {longest:.0?}");
     ensure!(looked_at > 100, "only {looked_at} connections were begun after a wait returned");
-    ensure!(longest < Duration::from_secs(30), "a wait took {longest:?}");
+    ensure!(longest < patient(Duration::from_secs(30)), "a wait took {longest:?}");
     Ok(())
 }

@@ -4,13 +4,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use lockstep_integration::bench::drift::{self, Repair};
 use lockstep_integration::fixture::{self, WEB_NODE_PORT, product, started, web};
+use lockstep_integration::foreign::{self, rules, rules_of_others, same};
 use lockstep_integration::lab::{Family, Place};
-use lockstep_integration::load::Load;
 use lockstep_integration::product::{Mode, PATIENCE, Process, Product, binaries, wait_until};
-use lockstep_integration::traffic::{Outcome, Transport, probe, probe_within};
+use lockstep_integration::traffic::{Outcome, Transport, probe_within};
 
 /// From a change that somebody else makes to traffic again, on a machine under load. On an idle
 /// one it is a fraction of a second: the agent looks five times a second.
@@ -21,48 +21,6 @@ const IPTABLES_REPAIRED_WITHIN: Duration = Duration::from_secs(10);
 /// share of a core.
 const AUDITED_WITHIN: Duration = Duration::from_secs(120);
 const TRIES: u32 = 3;
-/// Connections a second while the mode changes.
-const LOAD: u32 = 100;
-
-/// Rules of a node, without counters, as the kernel's own tools list them.
-fn rules(product: &Product, node: u8) -> Result<String> {
-    let place = Place::Node(node);
-    let mut text = product.lab.tool(place, &["nft", "--stateless", "list", "ruleset"])?;
-    for tool in ["iptables-legacy-save", "ip6tables-legacy-save", "iptables-nft-save", "ip6tables-nft-save"] {
-        let saved = product.lab.tool(place, &[tool])?;
-        text.extend(saved.lines().filter(|line| !line.starts_with('#')).map(without_counters));
-    }
-    Ok(text)
-}
-
-/// `:INPUT ACCEPT [5:300]` without what packets change.
-fn without_counters(line: &str) -> String {
-    format!("{}\n", line.split(" [").next().unwrap_or(line))
-}
-
-/// The same without anything that is Lockstep's while it runs.
-fn foreign_rules(product: &Product, node: u8) -> Result<String> {
-    let place = Place::Node(node);
-    let mut text = String::new();
-    for table in product.lab.tool(place, &["nft", "list", "tables"])?.lines() {
-        let words: Vec<&str> = table.split(' ').collect();
-        let [_, family, name] = words[..] else { bail!("a table called {table:?}") };
-        // Tables of iptables-nft are read below, by the tool whose they are.
-        let of_iptables = matches!(family, "ip" | "ip6") && matches!(name, "nat" | "filter" | "mangle");
-        if name != "lockstep" && !of_iptables {
-            text += &product.lab.tool(place, &["nft", "--stateless", "list", "table", family, name])?;
-        }
-    }
-    for tool in ["iptables-legacy-save", "ip6tables-legacy-save", "iptables-nft-save", "ip6tables-nft-save"] {
-        let saved = product.lab.tool(place, &[tool])?;
-        let theirs = |line: &&str| {
-            let ours = line.contains("KUBE-") && !FOREIGN_KUBE.iter().any(|chain| line.contains(chain));
-            !line.starts_with('#') && !ours
-        };
-        text.extend(saved.lines().filter(theirs).map(without_counters));
-    }
-    Ok(text)
-}
 
 /// Waits until a TCP connection is answered; returns how long it took.
 fn answered(
@@ -192,87 +150,14 @@ fn an_edit_of_legacy_iptables_that_keeps_its_size_is_found_by_the_audit() -> Res
     Ok(())
 }
 
-/// Chains of kube-proxy's prefix that are kubelet's.
-const FOREIGN_KUBE: [&str; 2] = ["KUBE-FIREWALL", "KUBE-KUBELET-CANARY"];
-
-/// As firewalld has it: one table for both families, high priorities, sets, maps, counters.
-const LIKE_FIREWALLD: &str = "
-table inet firewalld {
-    set trusted { type ipv4_addr; flags interval; elements = { 192.0.2.0/24, 198.51.100.7 } }
-    chain nat_PREROUTING { type nat hook prerouting priority dstnat + 10; policy accept; jump nat_PREROUTING_ZONES; }
-    chain nat_PREROUTING_ZONES { iifname \"nowhere0\" goto nat_PRE_public; goto nat_PRE_public; }
-    chain nat_PRE_public { return; }
-    chain filter_FORWARD {
-        type filter hook forward priority filter + 10; policy accept;
-        ct state established,related accept
-        ip saddr @trusted counter accept
-        tcp dport 12345 counter drop comment \"theirs\"
-    }
-}
-table ip services { chain services { tcp dport 12346 drop; }; }
-";
-
-/// As Docker, Calico and kubelet have it.
-const LIKE_DOCKER_AND_CALICO: &str = "
-*nat
-:DOCKER - [0:0]
-:cali-PREROUTING - [0:0]
-:cali-POSTROUTING - [0:0]
--A PREROUTING -m comment --comment \"cali:6gwbT8clXdHdC1b1\" -j cali-PREROUTING
--A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
--A OUTPUT -m addrtype --dst-type LOCAL -j DOCKER
--A POSTROUTING -m comment --comment \"cali:O3lYWMrLQYEMJtB5\" -j cali-POSTROUTING
--A DOCKER -p tcp -m tcp --dport 9999 -j REDIRECT --to-ports 9998
--A cali-PREROUTING -p udp -m udp --dport 9997 -j ACCEPT
-COMMIT
-*mangle
-:KUBE-KUBELET-CANARY - [0:0]
-COMMIT
-*filter
-:DOCKER-USER - [0:0]
-:KUBE-FIREWALL - [0:0]
-:cali-FORWARD - [0:0]
--A INPUT -j KUBE-FIREWALL
--A FORWARD -m comment --comment \"cali:wUHhoiAYhphO9Mso\" -j cali-FORWARD
--A FORWARD -j DOCKER-USER
--A OUTPUT -j KUBE-FIREWALL
--A DOCKER-USER -j RETURN
--A KUBE-FIREWALL -m comment --comment \"block marked\" -m mark --mark 0x8000/0x8000 -j DROP
--A cali-FORWARD -p tcp -m tcp --dport 9996 -j DROP
-COMMIT
-";
-
-/// kubelet's guard of the loopback, IPv4 alone. Node ports at 127.0.0.1 need the same.
-const LIKE_KUBELET: &str = "KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" \
-    -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP";
-
-/// Gives every node what other programs have in the kernel.
-fn add_foreign_rules(product: &Product) -> Result<()> {
-    let files = product.lab.directory().to_path_buf();
-    std::fs::write(files.join("foreign.nft"), LIKE_FIREWALLD)?;
-    std::fs::write(files.join("foreign.iptables"), LIKE_DOCKER_AND_CALICO)?;
-    for node in 1..=product.lab.nodes() {
-        let place = Place::Node(node);
-        product.lab.tool(place, &["nft", "-f", &files.join("foreign.nft").display().to_string()])?;
-        for tool in ["iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"] {
-            let restore = format!("{tool}-restore < {}", files.join("foreign.iptables").display());
-            product.lab.tool(place, &["sh", "-c", &restore])?;
-            if !tool.starts_with("ip6") {
-                product.lab.tool(place, &["sh", "-c", &format!("{tool} -A {LIKE_KUBELET}")])?;
-            }
-        }
-    }
-    Ok(())
-}
-
 #[test]
 fn foreign_rules_are_byte_identical_during_a_run_and_after_cleanup() -> Result<()> {
     let mut product = product(&Mode::ALL)?;
-    add_foreign_rules(&product)?;
+    foreign::add(&product)?;
     let nodes = 1..=3;
     let whole: Vec<_> = nodes.clone().map(|node| rules(&product, node)).collect::<Result<_>>()?;
-    let foreign: Vec<_> = nodes.clone().map(|node| foreign_rules(&product, node)).collect::<Result<_>>()?;
-    for text in &foreign {
+    let others: Vec<_> = nodes.clone().map(|node| rules_of_others(&product, node)).collect::<Result<_>>()?;
+    for text in &others {
         for part in ["12345", "12346", "9999", "cali-FORWARD", "KUBE-FIREWALL", "KUBE-KUBELET-CANARY"] {
             ensure!(text.matches(part).count() >= 1, "{part} is not there:\n{text}");
         }
@@ -280,8 +165,8 @@ fn foreign_rules_are_byte_identical_during_a_run_and_after_cleanup() -> Result<(
     product.start()?;
     let out = [Place::Pod(2, 2)];
     product.change(|product| product.write_manifest("roll.yaml", &fixture::roll_manifest(&out)))?;
-    for (node, before) in nodes.clone().zip(&foreign) {
-        same(node, "while Lockstep runs", before, &foreign_rules(&product, node)?)?;
+    for (node, before) in nodes.clone().zip(&others) {
+        same(node, "while Lockstep runs", before, &rules_of_others(&product, node)?)?;
         let ours = rules(&product, node)?;
         ensure!(ours.contains(&WEB_NODE_PORT.to_string()), "node{node} has no rules of ours");
     }
@@ -292,94 +177,6 @@ fn foreign_rules_are_byte_identical_during_a_run_and_after_cleanup() -> Result<(
         same(node, "after cleanup", before, &rules(&product, node)?)?;
     }
     Ok(())
-}
-
-#[test]
-fn iptables_to_nftables_leaves_no_rule_of_iptables() -> Result<()> {
-    switches(Mode::IptablesLegacy, Mode::Nftables)
-}
-
-#[test]
-fn nftables_to_iptables_leaves_no_rule_of_nftables() -> Result<()> {
-    switches(Mode::Nftables, Mode::IptablesLegacy)
-}
-
-#[test]
-fn legacy_to_the_nft_flavour_leaves_no_rule_of_legacy() -> Result<()> {
-    switches(Mode::IptablesLegacy, Mode::IptablesNft)
-}
-
-/// An agent that comes back in another mode: the old mode's rules would go on sending to an endpoint
-/// that is gone, whatever the new mode's say.
-fn switches(from: Mode, to: Mode) -> Result<()> {
-    let mut product = product(&[from])?;
-    add_foreign_rules(&product)?;
-    let foreign = foreign_rules(&product, 1)?;
-    product.start()?;
-    ensure!(
-        has_rules_of(&product, from)? && !has_rules_of(&product, to)?,
-        "not only {} at first",
-        from.name()
-    );
-    only_answer(&product, Place::Pod(1, 2))?;
-
-    product.agent(1)?.kill()?;
-    product.set_mode(1, to);
-    let load = Load::start(&product.lab, fixture::streams_to_web(&product), LOAD);
-    product.start_agent(1)?;
-    product.agent(1)?.wait_for_log("removed the rules of a mode")?;
-    load.go_on(3)?;
-    let moved = fixture::roll_manifest(&[Place::Pod(1, 1)]);
-    product.change(|product| product.write_manifest("roll.yaml", &moved))?;
-    only_answer(&product, Place::Pod(1, 1))?;
-    ensure!(!has_rules_of(&product, from)?, "rules of {} are left:\n{}", from.name(), rules(&product, 1)?);
-    ensure!(has_rules_of(&product, to)?, "no rules of {}", to.name());
-    same(1, "after the switch", &foreign, &foreign_rules(&product, 1)?)?;
-    let (report, _) = load.finish()?;
-    ensure!(!report.answers.is_empty() && report.faults.is_empty(), "a gap: {:?}", report.faults);
-    Ok(())
-}
-
-/// Every one of some connections to `roll` is answered by this pod.
-fn only_answer(product: &Product, pod: Place) -> Result<()> {
-    for _ in 0..10 {
-        let outcome = probe(&product.lab, Place::Node(1), Transport::Tcp, fixture::roll())?;
-        ensure!(
-            matches!(outcome, Outcome::Answered { by, .. } if by == pod),
-            "expected an answer by {pod}: {outcome}\n{}",
-            product.logs()
-        );
-    }
-    Ok(())
-}
-
-/// True where the kernel of node 1 has rules of Lockstep in this mode.
-fn has_rules_of(product: &Product, mode: Mode) -> Result<bool> {
-    let tools: [&[&str]; 2] = match mode {
-        Mode::Nftables => [&["nft", "list", "tables"], &["nft", "list", "tables"]],
-        Mode::IptablesLegacy => [&["iptables-legacy-save"], &["ip6tables-legacy-save"]],
-        Mode::IptablesNft | Mode::Ipvs => [&["iptables-nft-save"], &["ip6tables-nft-save"]],
-    };
-    let mut found = false;
-    for tool in tools {
-        let text = product.lab.tool(Place::Node(1), tool)?;
-        found |= text.lines().any(|line| {
-            let theirs = FOREIGN_KUBE.iter().any(|chain| line.contains(chain));
-            line.ends_with(" lockstep") || (line.contains("KUBE-") && !theirs)
-        });
-    }
-    Ok(found)
-}
-
-fn same(node: u8, when: &str, before: &str, after: &str) -> Result<()> {
-    if before == after {
-        return Ok(());
-    }
-    let gone = before.lines().filter(|line| !after.contains(line));
-    let new = after.lines().filter(|line| !before.contains(line));
-    let lines: Vec<String> =
-        gone.map(|line| format!("- {line}")).chain(new.map(|line| format!("+ {line}"))).collect();
-    bail!("node{node}, {when}: foreign rules changed (or their order):\n{}", lines.join("\n"))
 }
 
 #[test]

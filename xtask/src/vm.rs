@@ -24,7 +24,7 @@ use crate::setup;
 use boot::Limits;
 use contents::Contents;
 pub(crate) use kernel::Kernel;
-pub(crate) use parts::{PARTS, STARTED, into};
+pub(crate) use parts::{PARTS, STARTED, into, only_here};
 
 /// How much longer everything takes where each instruction is emulated.
 const PATIENCE: &str = "4";

@@ -23,8 +23,10 @@ pub(crate) struct Part {
 }
 
 enum Tests {
-    /// A file in `tests/` of `integration`.
-    Integration(&'static str),
+    /// Files in `tests/` of `integration`.
+    Integration(&'static [&'static str]),
+    /// The same, of those that other kernels may have no use for: no other part runs them.
+    IntegrationHere(&'static str),
     /// `tests/` of every crate that has a feature `guest`: what needs this kernel. Tests that run on
     /// every kernel run too, on an older one for once.
     Crates,
@@ -41,11 +43,28 @@ pub(crate) const PARTS: &[Part] = &[
     Part {
         name: "packets",
         about: "every scenario with real packets, every mode, also those that need what the host lacks",
-        tests: Tests::Integration("scenarios"),
+        tests: Tests::Integration(&["scenarios"]),
         // What other kernels do differently shows where other parts of them are used.
-        everyday: &["nftables/IPv4,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"],
+        everyday: &["ipvs/,nftables/IPv4,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"],
+    },
+    Part {
+        name: "ipvs",
+        about: "the whole product in IPVS mode: what no scenario can show",
+        tests: Tests::IntegrationHere("ipvs_mode"),
+        everyday: &[],
+    },
+    Part {
+        name: "continuity",
+        about: "kills and changes of mode under load, IPVS among the modes",
+        tests: Tests::Integration(&["continuity", "switches"]),
+        everyday: &["takes_over"],
     },
 ];
+
+/// True where only a guest can run this file in `tests/` of `integration`.
+pub(crate) fn only_here(file: &str) -> bool {
+    PARTS.iter().any(|part| matches!(part.tests, Tests::IntegrationHere(name) if name == file))
+}
 
 /// Programs of the product and of `integration` that tests start.
 pub(crate) const STARTED: [&str; 4] =
@@ -129,18 +148,21 @@ impl Part {
     fn programs(&self, built: &mut Builder<'_>) -> Result<Vec<TestProgram>, Failure> {
         match self.tests {
             Tests::Crates => build::guest_tests(),
-            Tests::Integration(name) => {
-                let names = vec![name.to_owned()];
-                let mut programs = built(&Selection::Files { names, programs: true })?;
-                programs.retain(|program| {
-                    program.package == INTEGRATION
-                        && program.name == name
-                        && program.target == Target::Outside
-                });
-                Ok(programs)
-            }
+            Tests::Integration(names) => of_integration(names, built),
+            Tests::IntegrationHere(name) => of_integration(&[name], built),
         }
     }
+}
+
+fn of_integration(names: &[&str], built: &mut Builder<'_>) -> Result<Vec<TestProgram>, Failure> {
+    let files = names.iter().map(|name| (*name).to_owned()).collect();
+    let mut programs = built(&Selection::Files { names: files, programs: true })?;
+    programs.retain(|program| {
+        program.package == INTEGRATION
+            && names.contains(&program.name.as_str())
+            && program.target == Target::Outside
+    });
+    Ok(programs)
 }
 
 /// The programs, and a command that runs one after the other, with the filters of each, and says where
