@@ -426,12 +426,15 @@ fn a_set_of_our_name_that_is_of_another_type_is_named() {
     );
 }
 
+/// How a fault is told, and what makes it.
+type Fault<'a> = (&'a str, &'a dyn Fn(&Kernel));
+
 #[test]
 fn what_others_change_is_seen_told_and_mended() {
     let kernel = Kernel::new();
     let web = plan([simple("web", VIP, &[A, B]), simple("b", "10.96.0.2", &[A])]);
     let bound = Set { family: Family::V4, purpose: Purpose::Bound }.name();
-    let faults: [(&str, &dyn Fn(&Kernel)); 8] = [
+    let faults: [Fault<'_>; 8] = [
         ("IPVS virtual servers: 2 missing", &|kernel| kernel.servers.lock().servers.clear()),
         ("interface kube-ipvs0: missing", &|kernel| {
             let mut device = kernel.device.lock();
