@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use lockstep_integration::fixture::{self, product, roll, web};
 use lockstep_integration::foreign::{self, has_rules_of, rules, rules_of_others, same};
-use lockstep_integration::guest::bearable;
+use lockstep_integration::guest::{self, bearable};
 use lockstep_integration::lab::{Family, Place};
 use lockstep_integration::load::Load;
 use lockstep_integration::product::{Mode, Product};
@@ -29,11 +29,15 @@ fn every_mode_takes_over_from_those_after_it() -> Result<()> {
     switches(|from, to| from > to)
 }
 
-/// Goes over from one mode to another wherever this is true of their places among all.
+/// Goes over from one mode to another wherever this is true of their places among all. In the guest one
+/// of the two is IPVS: every kernel shows the others.
 fn switches(wanted: impl Fn(usize, usize) -> bool) -> Result<()> {
     let modes = Mode::here();
     for (at, from) in modes.iter().enumerate() {
         for (_, to) in modes.iter().enumerate().filter(|(other, _)| wanted(at, *other)) {
+            if guest::is_here() && ![from, to].contains(&&Mode::Ipvs) {
+                continue;
+            }
             let begun = Instant::now();
             let what = || format!("{} -> {}", from.name(), to.name());
             goes_over(*from, *to).with_context(what)?;
