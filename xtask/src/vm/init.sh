@@ -16,6 +16,8 @@ exec </dev/ttyS0 >/dev/ttyS0 2>&1
 modprobe -a virtio_pci virtio_blk nf_conntrack
 hostname guest
 ip link set lo up
+# As many open files as on other machines.
+ulimit -n 65536
 export HOME=/root LOCKSTEP_GUEST=1 LOCKSTEP_RESULTS=/results/files
 status=0
 case " $(cat /proc/cmdline) " in
