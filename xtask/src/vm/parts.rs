@@ -45,7 +45,7 @@ pub(crate) const PARTS: &[Part] = &[
         about: "every scenario with real packets, every mode, also those that need what the host lacks",
         tests: Tests::Integration(&["scenarios"]),
         // What other kernels do differently shows where other parts of them are used.
-        everyday: &["ipvs/,nftables/IPv4,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"],
+        everyday: &["ipvs/,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"],
     },
     Part {
         name: "ipvs",
