@@ -31,7 +31,7 @@ const PATIENCE: &str = "4";
 
 /// Memory, time and silence that a guest is allowed where nothing else is said.
 const LIMITS: Limits =
-    Limits { memory: 2048, time: Duration::from_secs(3600), silence: Duration::from_secs(300) };
+    Limits { memory: 2048, time: Duration::from_secs(3600), silence: Duration::from_secs(600) };
 
 /// What comes before a command or parts.
 #[derive(Debug)]

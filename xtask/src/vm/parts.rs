@@ -18,8 +18,9 @@ pub(crate) struct Part {
     /// What it shows.
     pub(crate) about: &'static str,
     tests: Tests,
-    /// What of it is run with all other tests: a choice that takes minutes. Empty = all.
-    everyday: &'static [&'static str],
+    /// What of it is run with all other tests: a choice that takes minutes. Empty = all, `None` = only
+    /// when it is asked for.
+    everyday: Option<&'static [&'static str]>,
 }
 
 enum Tests {
@@ -38,26 +39,26 @@ pub(crate) const PARTS: &[Part] = &[
         name: "crates",
         about: "crates with a feature `guest`, from outside",
         tests: Tests::Crates,
-        everyday: &[],
+        everyday: Some(&[]),
     },
     Part {
         name: "packets",
         about: "every scenario with real packets, every mode, also those that need what the host lacks",
         tests: Tests::Integration(&["scenarios"]),
         // What other kernels do differently shows where other parts of them are used.
-        everyday: &["ipvs/,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"],
+        everyday: Some(&["ipvs/,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"]),
     },
     Part {
         name: "ipvs",
         about: "the whole product in IPVS mode: what no scenario can show",
         tests: Tests::IntegrationHere("ipvs_mode"),
-        everyday: &[],
+        everyday: None,
     },
     Part {
         name: "continuity",
         about: "kills and changes of mode under load, IPVS among the modes",
         tests: Tests::Integration(&["continuity", "switches"]),
-        everyday: &["takes_over"],
+        everyday: None,
     },
 ];
 
@@ -105,8 +106,9 @@ pub(crate) fn test(options: &Options, arguments: &[String]) -> Result<(), Failur
 /// Runs what is for every day of every part, as one of the parts of `cargo xtask test`.
 pub(crate) fn into(built: &mut Builder<'_>, outcome: &mut Outcome) -> Result<(), Failure> {
     let options = Options { limits: super::LIMITS, with: Vec::new() };
-    let everyday = |part: &'static Part| (part, part.everyday.iter().copied().map(str::to_owned).collect());
-    run(&options, PARTS.iter().map(everyday).collect(), built, outcome)
+    let words = |words: &[&str]| words.iter().copied().map(str::to_owned).collect();
+    let everyday = |part: &'static Part| part.everyday.map(|chosen| (part, words(chosen)));
+    run(&options, PARTS.iter().filter_map(everyday).collect(), built, outcome)
 }
 
 fn run(
