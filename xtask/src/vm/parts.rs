@@ -58,7 +58,7 @@ pub(crate) const PARTS: &[Part] = &[
         name: "continuity",
         about: "kills and changes of mode under load, IPVS among the modes",
         tests: Tests::Integration(&["continuity", "switches"]),
-        everyday: None,
+        everyday: Some(&["takes_over"]),
     },
 ];
 
