@@ -110,8 +110,7 @@ impl FamilyState {
 
     /// The rules a Service should have; an error where it cannot have them.
     fn wanted(&self, plan: &ServicePlan, terms: &Terms) -> Result<ServiceRules, (FailureKind, String)> {
-        let lacking = plan.required_features.iter().find(|feature| !self.features.contains(feature));
-        if let Some(feature) = lacking {
+        if let Some(feature) = plan.lacking(&self.features) {
             return Err((
                 FailureKind::Unsupported,
                 format!("needs {feature:?}, which iptables cannot do here"),

@@ -96,8 +96,7 @@ impl Ipvs {
     pub(crate) fn wanted(&self, plan: &ServicePlan, terms: &Terms) -> Result<Rendered, LeftOut> {
         let unsupported =
             |message| LeftOut { kind: FailureKind::Unsupported, message, previous_in_force: false };
-        let lacking = plan.required_features.iter().find(|feature| !self.features.contains(feature));
-        if let Some(feature) = lacking {
+        if let Some(feature) = plan.lacking(&self.features) {
             return Err(unsupported(format!("needs {feature:?}, which IPVS cannot do here")));
         }
         Rendered::new(plan, terms).map_err(|error| unsupported(error.to_string()))

@@ -16,8 +16,8 @@ pub(crate) struct Terms {
     pub(crate) scheduler: Arc<str>,
     pub(crate) mark: u32,
     pub(crate) pods: Option<PodSources>,
-    /// `None` = every local address that node ports answer at.
-    scopes: [Option<Vec<IpAddr>>; 2],
+    /// Node ports answer at every local address.
+    all_local: [bool; 2],
     /// Addresses of the node's other interfaces, sorted.
     pub(crate) own: Vec<IpAddr>,
     node_ports: [Vec<IpAddr>; 2],
@@ -31,23 +31,19 @@ pub(crate) struct Terms {
 impl Terms {
     /// `own`: addresses of every interface but ours, sorted.
     pub(crate) fn new(scheduler: &Arc<str>, node: &NodePlan, own: Vec<IpAddr>) -> Self {
-        let scopes: [Option<Vec<IpAddr>>; 2] = Family::ALL.map(|family| match node.node_ports(family) {
-            NodePortScope::AllLocal => None,
-            NodePortScope::Addresses(all) => Some(
-                all.iter().copied().filter(|ip| is_usable(*ip) && own.binary_search(ip).is_ok()).collect(),
-            ),
-        });
-        let all_local =
-            |family| own.iter().copied().filter(move |ip| Family::of(*ip) == family && is_usable(*ip));
-        let node_ports = Family::ALL.map(|family| match &scopes[index(family)] {
-            Some(all) => all.clone(),
-            None => all_local(family).collect(),
+        let all_local = Family::ALL.map(|family| *node.node_ports(family) == NodePortScope::AllLocal);
+        let node_ports = Family::ALL.map(|family| {
+            let usable = own.iter().copied().filter(|ip| Family::of(*ip) == family && is_usable(*ip));
+            match node.node_ports(family) {
+                NodePortScope::AllLocal => usable.collect(),
+                NodePortScope::Addresses(all) => usable.filter(|ip| all.contains(ip)).collect(),
+            }
         });
         let all = node.node_addresses.iter().copied();
         let others = all.filter(|ip| own.binary_search(ip).is_err()).collect();
         let (scheduler, pods) = (Arc::clone(scheduler), node.pods.clone());
         let taken = Arc::default();
-        Self { scheduler, mark: node.masquerade_mark, pods, scopes, own, node_ports, others, taken }
+        Self { scheduler, mark: node.masquerade_mark, pods, all_local, own, node_ports, others, taken }
     }
 
     /// Addresses that node ports of a family answer at.
@@ -57,7 +53,7 @@ impl Terms {
 
     /// Node ports answer at every local address.
     pub(crate) fn all_local(&self, family: Family) -> bool {
-        self.scopes[index(family)].is_none()
+        self.all_local[index(family)]
     }
 
     /// Addresses that the node has for others to see.

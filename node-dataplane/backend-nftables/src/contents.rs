@@ -202,8 +202,8 @@ impl PlanFault {
 
 /// Refuses what would be wrong in the kernel, before anything is written.
 pub(crate) fn check(plan: &ServicePlan) -> Result<(), PlanFault> {
-    if let Some(feature) = plan.required_features.iter().find(|feature| !FEATURES.contains(feature)) {
-        return Err(PlanFault::Unsupported(*feature));
+    if let Some(feature) = plan.lacking(&FEATURES) {
+        return Err(PlanFault::Unsupported(feature));
     }
     for port in &plan.ports {
         check_port(port)?;

@@ -15,6 +15,7 @@ pub mod attr;
 pub(crate) mod recorded;
 mod request;
 
+pub(crate) use request::fail_on_purpose;
 pub use request::put_message;
 
 /// Length of a netlink message header.

@@ -276,6 +276,13 @@ impl PodSources {
     }
 }
 
+impl ServicePlan {
+    /// What a backend that can do `features` lacks for it.
+    pub fn lacking(&self, features: &[Feature]) -> Option<Feature> {
+        self.required_features.iter().copied().find(|feature| !features.contains(feature))
+    }
+}
+
 impl Frontend {
     /// The action for a source.
     pub fn action(&self, source: Source) -> Action {

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::Flow;
 use crate::netlink::attr::{self, Attribute};
-use crate::netlink::{HEADER, Message};
+use crate::netlink::{Message, put_message};
 
 /// `NFNL_SUBSYS_CTNETLINK` in the upper half of a message's type.
 const SUBSYSTEM: u16 = 1 << 8;
@@ -126,19 +126,11 @@ fn message(
     seq: u32,
     body: impl FnOnce(&mut Vec<u8>),
 ) {
-    let start = out.len();
-    let flags = u16::try_from(flags).unwrap_or_default();
-    out.extend_from_slice(&[0; 4]);
-    out.extend_from_slice(&kind.to_ne_bytes());
-    out.extend_from_slice(&flags.to_ne_bytes());
-    out.extend_from_slice(&seq.to_ne_bytes());
-    out.extend_from_slice(&[0; 4]);
-    debug_assert_eq!(out.len() - start, HEADER);
-    let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
-    out.extend_from_slice(&[u8::try_from(family).unwrap_or_default(), 0, 0, 0]);
-    body(out);
-    let length = u32::try_from(out.len() - start).unwrap_or(u32::MAX);
-    out[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+    put_message(out, kind, flags, seq, |out| {
+        let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+        out.extend_from_slice(&[u8::try_from(family).unwrap_or_default(), 0, 0, 0]);
+        body(out);
+    });
 }
 
 /// What the kernel answers, for tests without one.

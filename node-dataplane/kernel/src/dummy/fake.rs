@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Device, is_link_local, no_dummy, sorted};
 use crate::Errno;
-use crate::netlink::Error;
+use crate::netlink::{Error, fail_on_purpose};
 
 /// A device, and how it will misbehave. Clones are the same.
 #[derive(Debug, Clone, Default)]
@@ -44,13 +44,8 @@ impl FakeDevice {
         if inside.taken {
             return Err(no_dummy("find a fake".to_owned()));
         }
-        match &mut inside.fail {
-            Some((left, errno)) if *left > 0 => {
-                *left -= 1;
-                Err(Error::Call { call: "send", errno: *errno })
-            }
-            _ => Ok(inside),
-        }
+        fail_on_purpose(&mut inside.fail)?;
+        Ok(inside)
     }
 }
 

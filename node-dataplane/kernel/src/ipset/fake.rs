@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Declaration, Entry, FULL, Header, Kind, Sets, entering, is_full, to_do, worded};
 use crate::Errno;
-use crate::netlink::{Error, Refusal};
+use crate::netlink::{Error, Refusal, fail_on_purpose};
 
 /// `IPSET_ERR_PROTOCOL`, of an entry of another type.
 const OTHER_TYPE: Errno = Errno(4097);
@@ -61,13 +61,8 @@ impl FakeSets {
 
     fn call(&self) -> Result<MutexGuard<'_, Inside>, Error> {
         let mut inside = self.lock();
-        match &mut inside.fail {
-            Some((left, errno)) if *left > 0 => {
-                *left -= 1;
-                Err(Error::Call { call: "send", errno: *errno })
-            }
-            _ => Ok(inside),
-        }
+        fail_on_purpose(&mut inside.fail)?;
+        Ok(inside)
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Connections, Ipvs, Key, RealServer, Refused, Request, Timeouts, VirtualServer};
 use crate::Errno;
-use crate::netlink::Error;
+use crate::netlink::{Error, fail_on_purpose};
 
 /// What the kernel says where there is no such virtual server.
 const NO_SERVER: Errno = Errno(libc::ESRCH);
@@ -52,13 +52,8 @@ impl FakeIpvs {
 
     fn call(&self) -> Result<MutexGuard<'_, Inside>, Error> {
         let mut inside = self.lock();
-        match &mut inside.fail {
-            Some((left, errno)) if *left > 0 => {
-                *left -= 1;
-                Err(Error::Call { call: "send", errno: *errno })
-            }
-            _ => Ok(inside),
-        }
+        fail_on_purpose(&mut inside.fail)?;
+        Ok(inside)
     }
 }
 

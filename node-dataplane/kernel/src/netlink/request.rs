@@ -32,6 +32,17 @@ pub fn put_message(
     out[start..start + 4].copy_from_slice(&length.to_ne_bytes());
 }
 
+/// For fakes: so many calls fail with this error, then none.
+pub(crate) fn fail_on_purpose(fail: &mut Option<(usize, Errno)>) -> Result<(), Error> {
+    match fail {
+        Some((left, errno)) if *left > 0 => {
+            *left -= 1;
+            Err(Error::Call { call: "send", errno: *errno })
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Refusal {
     /// The refusal as an error of the request that `what` names.
     pub(crate) fn of(self, what: impl Into<String>) -> Error {
