@@ -1,14 +1,18 @@
 //! A cluster whose nodes run the real kube-proxy, once per mode, all at one API server: every
 //! change of objects is made once and looked at in all modes.
+//!
+//! In the guest that is IPVS alone, which other kernels may lack, and the API server is outside of it.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::apiserver::ApiServer;
+use crate::apiserver::{ApiServer, Cluster, KUBECONFIG};
+use crate::guest;
 use crate::kube_proxy;
 use crate::lab::{Family, Lab, Place};
 use crate::objects::Objects;
@@ -32,8 +36,16 @@ const ZONE_RESTARTS: u8 = 3;
 pub struct KubeProxyCluster {
     networks: Vec<ProxyNetwork>,
     _always: Objects,
-    server: ApiServer,
+    server: Server,
     runtime: Runtime,
+}
+
+/// Where the objects are.
+#[derive(Debug)]
+struct Server {
+    kubeconfig: PathBuf,
+    /// What runs here, where it does.
+    _own: Option<ApiServer>,
 }
 
 /// The network of one mode.
@@ -59,6 +71,9 @@ pub struct Share<'a> {
 /// kube-proxy acknowledges nothing. It takes Services and EndpointSlices from two watches, each
 /// in order, and programs all it has in one go. So the marker changes in both: its port is of
 /// the Service, its endpoint of the slice.
+///
+/// In IPVS mode a go has many steps. New virtual servers are among the first; what is gone is removed
+/// at last, after sets and rules. So the marker's last port must be silent, too.
 #[derive(Debug)]
 struct Marker {
     number: u8,
@@ -71,12 +86,13 @@ impl KubeProxyCluster {
     /// objects beside everybody's.
     pub fn start(nodes: u8, pods: u8, always: &str) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let server = runtime.block_on(ApiServer::start())?;
+        let server = runtime.block_on(Server::find())?;
         let mut objects = Objects::new(runtime.block_on(server.cluster())?);
         // A node finds its own addresses once, at the start.
         runtime.block_on(objects.make(&format!("{}---\n{always}", node_manifest(nodes))))?;
-        let networks = Mode::ALL.map(|mode| ProxyNetwork::start(mode, Lab::new(nodes, pods)?, &server));
-        let networks = networks.into_iter().collect::<Result<_>>()?;
+        let modes = if guest::is_here() { vec![Mode::Ipvs] } else { Mode::ALL.to_vec() };
+        let start = |mode| ProxyNetwork::start(mode, Lab::new(nodes, pods)?, &server);
+        let networks = modes.into_iter().map(start).collect::<Result<_>>()?;
         let mut this = Self { networks, _always: objects, server, runtime };
         this.wait_for_zones(nodes)?;
         Ok(this)
@@ -116,11 +132,17 @@ impl KubeProxyCluster {
         self.runtime.block_on(objects.make(""))
     }
 
-    /// The share of number `number`.
-    pub fn share(&self, number: u8) -> Result<Share<'_>> {
+    /// That many shares, their markers known everywhere.
+    pub fn shares(&self, count: u8) -> Result<Vec<Share<'_>>> {
         let objects = || anyhow::Ok(Objects::new(self.runtime.block_on(self.server.cluster())?));
-        let marker = Marker { number, objects: objects()?, changes: 0 };
-        Ok(Share { cluster: self, objects: objects()?, marker })
+        let mut shares = Vec::new();
+        for number in 1..=count {
+            let mut marker = Marker { number, objects: objects()?, changes: 0 };
+            self.runtime.block_on(marker.change())?;
+            shares.push(Share { cluster: self, objects: objects()?, marker });
+        }
+        shares.iter().try_for_each(|share| self.wait_for(&share.marker))?;
+        Ok(shares)
     }
 
     /// Waits until every node of every mode has the last change of a marker, in both families.
@@ -130,7 +152,7 @@ impl KubeProxyCluster {
                 for family in [Family::V4, Family::V6] {
                     let place = Place::Node(node);
                     wait_until("kube-proxy has what was changed", PATIENCE, || {
-                        Ok(marker.is_seen(&network.lab, place, family)?.then_some(()))
+                        Ok(marker.is_seen(network, place, family)?.then_some(()))
                     })
                     .with_context(|| format!("{}, {place}, {family}", network.mode.name()))
                     .with_context(|| network.logs())?;
@@ -141,12 +163,30 @@ impl KubeProxyCluster {
     }
 }
 
+impl Server {
+    async fn find() -> Result<Self> {
+        if guest::is_here() {
+            let missing = || format!("{KUBECONFIG} is not set: `cargo xtask vm test differential` does");
+            let kubeconfig = std::env::var_os(KUBECONFIG).with_context(missing)?.into();
+            return Ok(Self { kubeconfig, _own: None });
+        }
+        let own = ApiServer::start().await?;
+        Ok(Self { kubeconfig: own.kubeconfig(), _own: Some(own) })
+    }
+
+    async fn cluster(&self) -> Result<Cluster> {
+        Cluster::connect(&self.kubeconfig).await
+    }
+}
+
 impl Subject for Share<'_> {
+    /// That everything is gone is not waited for: nobody looks at it before something else is made.
     fn make(&mut self, objects: &str) -> Result<()> {
-        self.cluster.runtime.block_on(async {
-            self.objects.make(objects).await?;
-            self.marker.change().await
-        })?;
+        self.cluster.runtime.block_on(self.objects.make(objects))?;
+        if objects.is_empty() {
+            return Ok(());
+        }
+        self.cluster.runtime.block_on(self.marker.change())?;
         self.cluster.wait_for(&self.marker)
     }
 
@@ -157,9 +197,9 @@ impl Subject for Share<'_> {
 }
 
 impl ProxyNetwork {
-    fn start(mode: Mode, lab: Lab, server: &ApiServer) -> Result<Self> {
+    fn start(mode: Mode, lab: Lab, server: &Server) -> Result<Self> {
         let pods = start_pods(&lab, &binaries()?)?;
-        let relay = Relay::open(&lab, server)?;
+        let relay = Relay::open(&lab, &server.kubeconfig)?;
         let start = |node| kube_proxy::start_prompt(&lab, node, mode, relay.kubeconfig());
         let proxies = (1..=lab.nodes()).map(start).collect::<Result<_>>()?;
         Ok(Self { mode, proxies, relay, _pods: pods, lab })
@@ -223,10 +263,17 @@ impl Marker {
         self.objects.make(&manifests.join("\n---\n")).await
     }
 
-    fn is_seen(&self, lab: &Lab, from: Place, family: Family) -> Result<bool> {
-        let to = SocketAddr::new(self.address(family).parse()?, self.port());
-        let outcome = probe_within(lab, from, Transport::Tcp, to, MARKER_PATIENCE)?;
-        Ok(matches!(outcome, Outcome::Answered { by, .. } if by == self.pod()))
+    fn is_seen(&self, network: &ProxyNetwork, from: Place, family: Family) -> Result<bool> {
+        let address = self.address(family).parse()?;
+        let who = |port| -> Result<Option<Place>> {
+            let to = SocketAddr::new(address, port);
+            match probe_within(&network.lab, from, Transport::Tcp, to, MARKER_PATIENCE)? {
+                Outcome::Answered { by, .. } => Ok(Some(by)),
+                _ => Ok(None),
+            }
+        };
+        let at_last = network.mode == Mode::Ipvs;
+        Ok(who(self.port())? == Some(self.pod()) && (!at_last || who(self.port() - 1)?.is_none()))
     }
 }
 

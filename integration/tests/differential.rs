@@ -10,11 +10,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Result;
+use lockstep_integration::guest;
 use lockstep_integration::kube_proxy_cluster::KubeProxyCluster;
 use lockstep_integration::scenario::{self, ALWAYS, cases};
 
-/// Scenarios that are played at the same time.
+/// Scenarios that are played at the same time. In the guest a change takes kube-proxy that long that
+/// many must share one.
 const AT_ONCE: u8 = 4;
+const AT_ONCE_IN_THE_GUEST: u8 = 12;
 
 fn main() -> ExitCode {
     let filters: Vec<String> =
@@ -40,6 +43,6 @@ fn main() -> ExitCode {
 fn play_all(filters: &[String]) -> Result<(usize, usize)> {
     let cases = cases("kube-proxy/", filters)?;
     let cluster = KubeProxyCluster::start(3, 2, ALWAYS)?;
-    let players = (1..=AT_ONCE).map(|number| cluster.share(number)).collect::<Result<_>>()?;
-    Ok(scenario::play_all(&cases, players))
+    let at_once = if guest::is_here() { AT_ONCE_IN_THE_GUEST } else { AT_ONCE };
+    Ok(scenario::play_all(&cases, cluster.shares(at_once)?))
 }

@@ -179,7 +179,8 @@ pub fn measure(services: u32, loads: usize, swaps: usize) -> Result<Measured> {
         netns::run_in_new(|| -> Result<()> {
             let mut kernel = Kernel::open()?;
             copy.write(&mut kernel)?;
-            let pairs = copy.servers.iter().flat_map(|(server, reals)| reals.iter().map(|real| (server.key, *real)));
+            let pairs =
+                copy.servers.iter().flat_map(|(server, reals)| reals.iter().map(|real| (server.key, *real)));
             let mut raw = Swaps { at: 0, servers: pairs.collect() };
             for _ in 0..swaps {
                 let event = upstream.replace(Replaced::ONE);

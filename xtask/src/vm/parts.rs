@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::apiserver::ApiServer;
 use super::contents::Contents;
 use super::kernel::Kernel;
 use super::{Options, boot, environment, prepare, quoted};
@@ -18,6 +19,8 @@ pub(crate) struct Part {
     /// What it shows.
     pub(crate) about: &'static str,
     tests: Tests,
+    /// Whether the real kube-proxy is in the guest, and an API server beside it.
+    kube_proxy: bool,
 }
 
 enum Tests {
@@ -30,11 +33,23 @@ enum Tests {
 
 /// Every part.
 pub(crate) const PARTS: &[Part] = &[
-    Part { name: "crates", about: "crates with a feature `guest`, from outside", tests: Tests::Crates },
+    Part {
+        name: "crates",
+        about: "crates with a feature `guest`, from outside",
+        tests: Tests::Crates,
+        kube_proxy: false,
+    },
     Part {
         name: "packets",
         about: "every scenario with real packets, every mode, also those that need what the host lacks",
         tests: Tests::Integration("scenarios"),
+        kube_proxy: false,
+    },
+    Part {
+        name: "differential",
+        about: "scenarios with the real kube-proxy in IPVS mode",
+        tests: Tests::Integration("differential"),
+        kube_proxy: true,
     },
 ];
 
@@ -88,6 +103,26 @@ fn run(
     setup::packages()?;
     setup::guest_packages()?;
     let kernel = Kernel::get()?;
+    // An API server takes its share of this machine, so other parts have a guest without.
+    let (with, without): (Vec<&Part>, Vec<&Part>) = parts.iter().partition(|part| part.kube_proxy);
+    if !without.is_empty() {
+        in_one(&kernel, options, &without, filters, built, outcome)?;
+    }
+    if !with.is_empty() {
+        in_one(&kernel, options, &with, filters, built, outcome)?;
+    }
+    Ok(())
+}
+
+/// Runs parts in one guest.
+fn in_one(
+    kernel: &Kernel,
+    options: &Options,
+    parts: &[&Part],
+    filters: &[String],
+    built: &mut Builder<'_>,
+    outcome: &mut Outcome,
+) -> Result<(), Failure> {
     let mut programs = Vec::new();
     for part in parts {
         programs.extend(part.programs(built)?);
@@ -96,16 +131,20 @@ fn run(
         println!("no test program is there to be run");
         return Ok(());
     }
-    let mut contents = prepare(&kernel, &options.with)?;
+    let mut contents = prepare(kernel, &options.with)?;
     if programs.iter().any(|program| program.package == INTEGRATION) {
         for name in STARTED {
             contents.add(&build::program(name))?;
         }
     }
-    add_tests(&mut contents, &programs, filters)?;
+    let mut limits = options.limits;
+    limits.network = parts.iter().any(|part| part.kube_proxy);
+    let server = if limits.network { Some(ApiServer::start(&mut contents)?) } else { None };
+    let before = server.as_ref().map(ApiServer::environment).unwrap_or_default();
+    add_tests(&mut contents, &before, &programs, filters)?;
     println!("starting a guest with kernel {}", kernel.release);
     let mut report = Report::new(&programs, outcome);
-    let status = boot::boot(&kernel, contents, options.limits, Some(&mut |chunk: &[u8]| report.take(chunk)));
+    let status = boot::boot(kernel, contents, limits, Some(&mut |chunk: &[u8]| report.take(chunk)));
     report.end();
     match status? {
         0 => Ok(()),
@@ -131,10 +170,15 @@ impl Part {
     }
 }
 
-/// The programs, and a command that runs one after the other and says where it is.
-fn add_tests(contents: &mut Contents, programs: &[TestProgram], filters: &[String]) -> Result<(), Failure> {
+/// The programs, and a command that runs one after the other, with what comes before, and says where it is.
+fn add_tests(
+    contents: &mut Contents,
+    before: &str,
+    programs: &[TestProgram],
+    filters: &[String],
+) -> Result<(), Failure> {
     let filters: Vec<String> = filters.iter().map(|filter| quoted(filter)).collect();
-    let mut script = environment();
+    let mut script = environment() + before;
     for (index, program) in programs.iter().enumerate() {
         contents.add(&program.executable)?;
         let directory = quoted(&program.directory.to_string_lossy());
