@@ -28,6 +28,8 @@ const MARKER_PATIENCE: Duration = Duration::from_millis(50);
 const IN_ZONE: usize = 12;
 /// How long a kube-proxy may take to learn the zone of its node, which takes it a second.
 const ZONE_PATIENCE: Duration = Duration::from_secs(10);
+/// The same in IPVS mode, where the first programming takes most of it.
+const ZONE_PATIENCE_IN_IPVS: Duration = Duration::from_secs(30);
 /// How often one that does not is started again.
 const ZONE_RESTARTS: u8 = 3;
 
@@ -82,6 +84,11 @@ struct Marker {
 }
 
 impl KubeProxyCluster {
+    /// The modes that it has here.
+    pub fn modes() -> Vec<Mode> {
+        if guest::is_here() { vec![Mode::Ipvs] } else { Mode::ALL.to_vec() }
+    }
+
     /// Starts everything: `nodes` nodes with `pods` pods each, in every mode. `always` are
     /// objects beside everybody's.
     pub fn start(nodes: u8, pods: u8, always: &str) -> Result<Self> {
@@ -90,9 +97,8 @@ impl KubeProxyCluster {
         let mut objects = Objects::new(runtime.block_on(server.cluster())?);
         // A node finds its own addresses once, at the start.
         runtime.block_on(objects.make(&format!("{}---\n{always}", node_manifest(nodes))))?;
-        let modes = if guest::is_here() { vec![Mode::Ipvs] } else { Mode::ALL.to_vec() };
         let start = |mode| ProxyNetwork::start(mode, Lab::new(nodes, pods)?, &server);
-        let networks = modes.into_iter().map(start).collect::<Result<_>>()?;
+        let networks = Self::modes().into_iter().map(start).collect::<Result<_>>()?;
         let mut this = Self { networks, _always: objects, server, runtime };
         this.wait_for_zones(nodes)?;
         Ok(this)
@@ -120,8 +126,8 @@ impl KubeProxyCluster {
         for network in &mut self.networks {
             for node in 1..=nodes {
                 let mut restarts = 0;
-                while let Err(error) =
-                    addresses.iter().try_for_each(|address| network.knows_zone(node, address))
+                let asked = &addresses[..kube_proxy::families(network.mode).len()];
+                while let Err(error) = asked.iter().try_for_each(|address| network.knows_zone(node, address))
                 {
                     ensure!(restarts < ZONE_RESTARTS, "{error:#}\n{}", network.logs());
                     restarts += 1;
@@ -149,7 +155,7 @@ impl KubeProxyCluster {
     fn wait_for(&self, marker: &Marker) -> Result<()> {
         for network in &self.networks {
             for node in 1..=network.lab.nodes() {
-                for family in [Family::V4, Family::V6] {
+                for &family in kube_proxy::families(network.mode) {
                     let place = Place::Node(node);
                     wait_until("kube-proxy has what was changed", PATIENCE, || {
                         Ok(marker.is_seen(network, place, family)?.then_some(()))
@@ -212,7 +218,8 @@ impl ProxyNetwork {
             let outcome = probe_within(&self.lab, Place::Node(node), Transport::Tcp, to, MARKER_PATIENCE)?;
             Ok(matches!(outcome, Outcome::Answered { by, .. } if by == Place::Pod(node, 1)))
         };
-        wait_until("kube-proxy knows the zone of its node", ZONE_PATIENCE, || {
+        let patience = if self.mode == Mode::Ipvs { ZONE_PATIENCE_IN_IPVS } else { ZONE_PATIENCE };
+        wait_until("kube-proxy knows the zone of its node", patience, || {
             for _ in 0..IN_ZONE {
                 if !own()? {
                     return Ok(None);

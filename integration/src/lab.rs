@@ -138,6 +138,7 @@ impl Lab {
     pub fn command(&self, place: Place, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.namespace(place)]).arg(program);
+        command.env("XTABLES_LOCKFILE", self.directory.join(format!("xtables-{place}.lock")));
         command
     }
 

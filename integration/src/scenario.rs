@@ -95,8 +95,23 @@ pub struct Scenario {
     pub about: String,
     /// What the kernel must have for it that not every kernel has. It is played in the guest only.
     pub needs: Option<Need>,
+    /// With whom it has no certain outcome, and is not played.
+    #[serde(default)]
+    pub undecided: Vec<Undecided>,
     /// What happens, in order. The nodes are verified at the new state before probes are sent.
     pub steps: Vec<Step>,
+}
+
+/// A proxy that does now this, now that with one state of objects.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Undecided {
+    /// Who.
+    proxy: Proxy,
+    /// In which mode.
+    mode: Mechanism,
+    /// The row of `docs/parity.md` that says so: how it begins.
+    parity: String,
 }
 
 /// One state and what packets do in it.
@@ -172,13 +187,18 @@ pub struct Difference {
 
 impl Difference {
     fn concerns(&self, network: &Network<'_>) -> bool {
-        let mechanism = match network.mode {
+        self.proxy.is_none_or(|proxy| proxy == network.proxy)
+            && self.mode.is_none_or(|mode| mode == Mechanism::of(network.mode))
+    }
+}
+
+impl Mechanism {
+    fn of(mode: Mode) -> Self {
+        match mode {
             Mode::Nftables => Mechanism::Nftables,
             Mode::IptablesLegacy | Mode::IptablesNft => Mechanism::Iptables,
             Mode::Ipvs => Mechanism::Ipvs,
-        };
-        self.proxy.is_none_or(|proxy| proxy == network.proxy)
-            && self.mode.is_none_or(|mode| mode == mechanism)
+        }
     }
 }
 
@@ -296,6 +316,11 @@ impl Scenario {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         let text = with_addresses(&text, family).with_context(|| path.display().to_string())?;
         serde_saphyr::from_str(&text).with_context(|| path.display().to_string())
+    }
+
+    /// Whether it has a certain outcome with a proxy in a mode.
+    pub fn is_decided(&self, proxy: Proxy, mode: Mode) -> bool {
+        !self.undecided.iter().any(|it| it.proxy == proxy && it.mode == Mechanism::of(mode))
     }
 
     /// Plays it. Its objects are gone afterwards. Err = what was not as expected.
@@ -545,8 +570,9 @@ mod tests {
         let matters = matters();
         for path in files().unwrap() {
             let scenario = Scenario::read(&path, Family::V4).unwrap();
-            for difference in scenario.steps.iter().flat_map(|step| &step.probes).flat_map(|it| &it.differs) {
-                let row = &difference.parity;
+            let probes = scenario.steps.iter().flat_map(|step| &step.probes);
+            let rows = probes.flat_map(|probe| &probe.differs).map(|difference| &difference.parity);
+            for row in rows.chain(scenario.undecided.iter().map(|undecided| &undecided.parity)) {
                 assert!(
                     matters.iter().any(|matter| matter.starts_with(row.as_str())),
                     "{}: docs/parity.md has no row that begins with {row:?}",

@@ -34,8 +34,8 @@ enum Step {
     Integration(&'static str),
     /// Every file in `tests/` of `integration` that no other part names.
     RemainingIntegration,
-    /// Everything that runs in a machine with a kernel of its own.
-    Guest,
+    /// Parts of `vm test`, in a machine with a kernel of its own.
+    Guest(&'static [&'static str]),
     Tidy,
     Deny(&'static [&'static str]),
     Demo,
@@ -118,9 +118,13 @@ pub(crate) const PARTS: &[Part] = &[
     },
     Part {
         name: "differential",
-        about: "every scenario with the real kube-proxy, every mode of it",
+        about: "scenarios with the real kube-proxy, every mode of it; IPVS on an older kernel: vm test",
         in_everything: true,
-        steps: &[Step::Integration("differential"), Step::Integration("random")],
+        steps: &[
+            Step::Integration("differential"),
+            Step::Integration("random"),
+            Step::Guest(&["differential"]),
+        ],
         needs_root: true,
     },
     Part {
@@ -134,7 +138,7 @@ pub(crate) const PARTS: &[Part] = &[
         name: "guest",
         about: "scenarios and crates on an older kernel, with IPVS and SCTP: vm test",
         in_everything: true,
-        steps: &[Step::Guest],
+        steps: &[Step::Guest(&["crates", "packets"])],
         needs_root: false,
     },
     Part {
@@ -284,7 +288,7 @@ impl Step {
                 outcome.check("demo", true);
                 Ok(())
             }
-            Step::Guest => vm::into(&mut built, outcome),
+            Step::Guest(parts) => vm::into(parts, &mut built, outcome),
             Step::Unit => {
                 let of_unit = built(&Selection::Everything)?;
                 run_all(of_unit.iter().filter(|program| program.target == Target::Unit), &[], outcome)?;
