@@ -23,6 +23,8 @@ use crate::traffic::{Outcome, POD_PORT, Transport, probe_within};
 
 /// How long the marker's answer is waited for before it is asked again.
 const MARKER_PATIENCE: Duration = Duration::from_millis(50);
+/// How long those who wait rest in IPVS mode: they are many, and a go takes seconds.
+const IPVS_POLL: Duration = Duration::from_millis(250);
 /// Connections in a row that end in the node's own zone: of three, the odds that they do so by
 /// chance are 1 in 500,000.
 const IN_ZONE: usize = 12;
@@ -280,6 +282,9 @@ impl Marker {
             }
         };
         let at_last = network.mode == Mode::Ipvs;
+        if at_last {
+            std::thread::sleep(guest::patient(IPVS_POLL));
+        }
         Ok(who(self.port())? == Some(self.pod()) && (!at_last || who(self.port() - 1)?.is_none()))
     }
 }

@@ -318,9 +318,11 @@ impl Scenario {
         serde_saphyr::from_str(&text).with_context(|| path.display().to_string())
     }
 
-    /// Whether it has a certain outcome with a proxy in a mode.
-    pub fn is_decided(&self, proxy: Proxy, mode: Mode) -> bool {
-        !self.undecided.iter().any(|it| it.proxy == proxy && it.mode == Mechanism::of(mode))
+    /// The row of `docs/parity.md` that says why it has no certain outcome with a proxy in a mode.
+    pub fn undecided_with(&self, proxy: Proxy, mode: Mode) -> Option<&str> {
+        let mut undecided = self.undecided.iter();
+        let it = undecided.find(|it| it.proxy == proxy && it.mode == Mechanism::of(mode))?;
+        Some(&it.parity)
     }
 
     /// Plays it. Its objects are gone afterwards. Err = what was not as expected.
