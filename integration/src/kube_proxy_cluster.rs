@@ -77,7 +77,7 @@ pub struct Share<'a> {
 /// the Service, its endpoint of the slice.
 ///
 /// In IPVS mode a go has many steps. New virtual servers are among the first; what is gone is removed
-/// at last, after sets and rules. So the marker's last port must be silent, too.
+/// at last, after sets and rules. So the marker's last port must be refused, too.
 #[derive(Debug)]
 struct Marker {
     number: u8,
@@ -274,18 +274,17 @@ impl Marker {
 
     fn is_seen(&self, network: &ProxyNetwork, from: Place, family: Family) -> Result<bool> {
         let address = self.address(family).parse()?;
-        let who = |port| -> Result<Option<Place>> {
+        let ask = |port| {
             let to = SocketAddr::new(address, port);
-            match probe_within(&network.lab, from, Transport::Tcp, to, MARKER_PATIENCE)? {
-                Outcome::Answered { by, .. } => Ok(Some(by)),
-                _ => Ok(None),
-            }
+            probe_within(&network.lab, from, Transport::Tcp, to, MARKER_PATIENCE)
         };
         let at_last = network.mode == Mode::Ipvs;
         if at_last {
             std::thread::sleep(guest::patient(IPVS_POLL));
         }
-        Ok(who(self.port())? == Some(self.pod()) && (!at_last || who(self.port() - 1)?.is_none()))
+        let is_new = matches!(ask(self.port())?, Outcome::Answered { by, .. } if by == self.pod());
+        // An answer may be late there, so silence says nothing; what is gone is refused.
+        Ok(is_new && (!at_last || ask(self.port() - 1)? == Outcome::Refused))
     }
 }
 

@@ -65,7 +65,7 @@ const SIGN: &str = "lockstep-vm: ";
 /// Where built test programs come from.
 pub(crate) type Builder<'a> = dyn FnMut(&Selection) -> Result<Vec<TestProgram>, Failure> + 'a;
 
-/// Runs the named parts, or all. What comes after `--` goes to every test program: which tests to run.
+/// Runs the named parts, or all without kube-proxy. What comes after `--` goes to every test program: which tests to run.
 pub(crate) fn test(options: &Options, arguments: &[String]) -> Result<(), Failure> {
     let mut halves = arguments.splitn(2, |argument| argument == "--");
     let (names, filters) = (halves.next().unwrap_or_default(), halves.next().unwrap_or_default());
@@ -77,7 +77,7 @@ pub(crate) fn test(options: &Options, arguments: &[String]) -> Result<(), Failur
         }
     }
     if chosen.is_empty() {
-        chosen.extend(PARTS);
+        chosen.extend(PARTS.iter().filter(|part| !part.kube_proxy));
     }
     let mut summary = Summary::default();
     crate::parts::timed(&mut summary, "guest", |outcome| {
