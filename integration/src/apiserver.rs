@@ -11,7 +11,7 @@
 //! directory and ends with the value that started it, or with this process. No root is needed.
 
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,11 +21,14 @@ use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
 
-use crate::guest::patient;
+use crate::guest::{self, patient};
 use crate::leftovers::{self, Directory};
 
 /// Directory of `etcd`, `kube-apiserver`, `kube-proxy` and `grpcurl`.
 pub const PEERS_DIR: &str = "LOCKSTEP_PEERS_DIR";
+
+/// The kubeconfig of a server on another machine, for tests in the guest, which is too slow for one.
+pub const KUBECONFIG: &str = "LOCKSTEP_KUBECONFIG";
 
 const TOKEN: &str = "lockstep-test-token";
 /// Cold starts on a busy machine with two cores take up to 20 seconds.
@@ -89,6 +92,16 @@ impl ApiServer {
     /// A kubeconfig for an administrator, for `--kubeconfig`.
     pub fn kubeconfig(&self) -> PathBuf {
         self.kubeconfig_of(self.port)
+    }
+
+    /// Writes `kubeconfig` and what belongs to it into a directory, for programs of another machine that has
+    /// these files at the same place and reaches this one's loopback at `host`.
+    pub fn write_access(&self, directory: &Path, host: &str) -> Result<()> {
+        let authority = directory.join("server.crt");
+        fs::copy(self.directory.path().join("server.crt"), &authority)?;
+        let text = kubeconfig(&SocketAddr::new(host.parse()?, self.port), &authority);
+        fs::write(directory.join("kubeconfig"), text)?;
+        Ok(())
     }
 
     /// A client of the server. Outlives restarts.
@@ -166,21 +179,61 @@ impl ApiServer {
         self.directory.path().join(format!("kubeconfig-{port}"))
     }
 
-    /// JSON is YAML.
     fn write_kubeconfig(&self, port: u16) -> Result<()> {
-        let text = json!({
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "test", "cluster": {
-                "server": format!("https://127.0.0.1:{port}"),
-                "certificate-authority": self.directory.path().join("server.crt"),
-            }}],
-            "users": [{"name": "admin", "user": {"token": TOKEN}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "admin"}}],
-            "current-context": "test",
-        });
-        Ok(fs::write(self.kubeconfig_of(port), text.to_string())?)
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let text = kubeconfig(&address, &self.directory.path().join("server.crt"));
+        Ok(fs::write(self.kubeconfig_of(port), text)?)
     }
+}
+
+/// The one that tests and kube-proxies use: of this process, or in the guest the one beside it.
+#[derive(Debug)]
+pub struct Server {
+    kubeconfig: PathBuf,
+    /// What runs here, where it does.
+    _own: Option<ApiServer>,
+}
+
+impl Server {
+    /// Starts it, where it is not there already.
+    pub async fn find() -> Result<Self> {
+        if guest::is_here() {
+            let missing =
+                || format!("{KUBECONFIG} is not set: a part of `cargo xtask vm test` with kube-proxy does");
+            let kubeconfig = std::env::var_os(KUBECONFIG).with_context(missing)?.into();
+            return Ok(Self { kubeconfig, _own: None });
+        }
+        let own = ApiServer::start().await?;
+        Ok(Self { kubeconfig: own.kubeconfig(), _own: Some(own) })
+    }
+
+    /// How to reach it from this process.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// A client of it.
+    pub async fn cluster(&self) -> Result<Cluster> {
+        Cluster::connect(&self.kubeconfig).await
+    }
+}
+
+/// A kubeconfig for an administrator. JSON is YAML. The certificate has this name wherever the server is
+/// reached.
+fn kubeconfig(address: &SocketAddr, authority: &Path) -> String {
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "test", "cluster": {
+            "server": format!("https://{address}"),
+            "tls-server-name": "localhost",
+            "certificate-authority": authority,
+        }}],
+        "users": [{"name": "admin", "user": {"token": TOKEN}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "admin"}}],
+        "current-context": "test",
+    });
+    config.to_string()
 }
 
 impl SecondServer {

@@ -56,6 +56,7 @@ fn web_manifest(pods: &BTreeSet<Place>) -> String {
     let mut text = format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: default, uid: uid-web}}\n\
          spec:\n  type: NodePort\n  clusterIP: {v4}\n  clusterIPs: [{v4}, '{v6}']\n  ipFamilies: [IPv4, IPv6]\n  \
+         ipFamilyPolicy: RequireDualStack\n  \
          ports:\n  - {{name: tcp, port: 80, targetPort: {POD_PORT}, protocol: TCP, nodePort: {WEB_NODE_PORT}}}\n  \
          - {{name: udp, port: 80, targetPort: {POD_PORT}, protocol: UDP}}\n",
         v4 = web(Family::V4).ip(),

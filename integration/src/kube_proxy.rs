@@ -1,5 +1,6 @@
 //! The real kube-proxy in a lab, as what Lockstep is compared with.
 
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
@@ -7,7 +8,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::apiserver::peer;
-use crate::lab::{Lab, POD_CIDRS, Place};
+use crate::lab::{Family, Lab, POD_CIDRS, Place};
 use crate::product::{Mode, Process};
 
 /// Shortest time between two programmings of [`start_prompt`]. 0 would be taken for unset.
@@ -62,29 +63,45 @@ fn proxy_mode(mode: Mode) -> &'static str {
 fn spawn(lab: &Lab, name: &str, mode: Mode, mut command: Command) -> Result<Process> {
     let flavour = match mode {
         Mode::Nftables => None,
-        Mode::IptablesLegacy => Some("legacy"),
-        Mode::IptablesNft | Mode::Ipvs => Some("nft"),
+        Mode::IptablesLegacy | Mode::Ipvs => Some("legacy"),
+        Mode::IptablesNft => Some("nft"),
     };
     if let Some(flavour) = flavour {
-        command.env("PATH", programs_of(lab, flavour)?);
+        command.env("PATH", programs_of(lab, flavour, mode)?);
     }
     Process::spawn(lab, name, command)
 }
 
+/// The families that kube-proxy programs. In IPVS mode it starts hundreds of programs for every change, as
+/// many again for IPv6, and does nothing about the first change before it is done with the last: where each
+/// takes as long as in the guest, one family is enough.
+pub fn families(mode: Mode) -> &'static [Family] {
+    if mode == Mode::Ipvs { &[Family::V4] } else { &[Family::V4, Family::V6] }
+}
+
 /// A PATH on which `iptables` and its kin are those of one flavour: kube-proxy takes whichever
-/// it finds by that name.
-fn programs_of(lab: &Lab, flavour: &str) -> Result<std::ffi::OsString> {
+/// it finds by that name, and leaves a family alone whose programs it does not find.
+fn programs_of(lab: &Lab, flavour: &str, mode: Mode) -> Result<std::ffi::OsString> {
     let directory = lab.directory().join(format!("iptables-{flavour}"));
+    let mut path = vec![directory.clone()];
+    let others: &[&str] = if mode == Mode::Ipvs {
+        &["ip", "ipset", "modprobe"]
+    } else {
+        path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+        &[]
+    };
     if !directory.exists() {
         std::fs::create_dir(&directory)?;
-        for family in ["iptables", "ip6tables"] {
+        for family in families(mode) {
+            let family = if *family == Family::V4 { "iptables" } else { "ip6tables" };
             for verb in ["", "-save", "-restore"] {
                 let real = format!("/usr/sbin/{family}-{flavour}{verb}");
-                std::os::unix::fs::symlink(real, directory.join(format!("{family}{verb}")))?;
+                symlink(real, directory.join(format!("{family}{verb}")))?;
             }
         }
+        for name in others {
+            symlink(format!("/sbin/{name}"), directory.join(name))?;
+        }
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let all = std::iter::once(directory).chain(std::env::split_paths(&path));
-    Ok(std::env::join_paths(all)?)
+    Ok(std::env::join_paths(path)?)
 }

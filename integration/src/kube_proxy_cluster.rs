@@ -1,5 +1,7 @@
 //! A cluster whose nodes run the real kube-proxy, once per mode, all at one API server: every
 //! change of objects is made once and looked at in all modes.
+//!
+//! In the guest that is IPVS alone, which other kernels may lack, and the API server is outside of it.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::apiserver::ApiServer;
+use crate::apiserver::Server;
+use crate::guest;
 use crate::kube_proxy;
 use crate::lab::{Family, Lab, Place};
 use crate::objects::Objects;
@@ -19,11 +22,15 @@ use crate::traffic::{Outcome, POD_PORT, Transport, probe_within};
 
 /// How long the marker's answer is waited for before it is asked again.
 const MARKER_PATIENCE: Duration = Duration::from_millis(50);
+/// How long those who wait rest in IPVS mode: they are many, and a go takes seconds.
+const IPVS_POLL: Duration = Duration::from_millis(250);
 /// Connections in a row that end in the node's own zone: of three, the odds that they do so by
 /// chance are 1 in 500,000.
 const IN_ZONE: usize = 12;
 /// How long a kube-proxy may take to learn the zone of its node, which takes it a second.
 const ZONE_PATIENCE: Duration = Duration::from_secs(10);
+/// The same in IPVS mode, where the first programming takes most of it.
+const ZONE_PATIENCE_IN_IPVS: Duration = Duration::from_secs(30);
 /// How often one that does not is started again.
 const ZONE_RESTARTS: u8 = 3;
 
@@ -32,7 +39,7 @@ const ZONE_RESTARTS: u8 = 3;
 pub struct KubeProxyCluster {
     networks: Vec<ProxyNetwork>,
     _always: Objects,
-    server: ApiServer,
+    server: Server,
     runtime: Runtime,
 }
 
@@ -59,24 +66,33 @@ pub struct Share<'a> {
 /// kube-proxy acknowledges nothing. It takes Services and EndpointSlices from two watches, each
 /// in order, and programs all it has in one go. So the marker changes in both: its port is of
 /// the Service, its endpoint of the slice.
+///
+/// In IPVS mode a go has many steps, and new virtual servers are among the first. So once a change is seen
+/// the port moves again: who sees that has begun another go, and is done with the one before.
 #[derive(Debug)]
 struct Marker {
     number: u8,
     objects: Objects,
-    changes: u16,
+    port: u16,
+    pod: Place,
 }
 
 impl KubeProxyCluster {
+    /// The modes that it has here.
+    pub fn modes() -> Vec<Mode> {
+        if guest::is_here() { vec![Mode::Ipvs] } else { Mode::ALL.to_vec() }
+    }
+
     /// Starts everything: `nodes` nodes with `pods` pods each, in every mode. `always` are
     /// objects beside everybody's.
     pub fn start(nodes: u8, pods: u8, always: &str) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let server = runtime.block_on(ApiServer::start())?;
+        let server = runtime.block_on(Server::find())?;
         let mut objects = Objects::new(runtime.block_on(server.cluster())?);
         // A node finds its own addresses once, at the start.
         runtime.block_on(objects.make(&format!("{}---\n{always}", node_manifest(nodes))))?;
-        let networks = Mode::ALL.map(|mode| ProxyNetwork::start(mode, Lab::new(nodes, pods)?, &server));
-        let networks = networks.into_iter().collect::<Result<_>>()?;
+        let start = |mode| ProxyNetwork::start(mode, Lab::new(nodes, pods)?, &server);
+        let networks = Self::modes().into_iter().map(start).collect::<Result<_>>()?;
         let mut this = Self { networks, _always: objects, server, runtime };
         this.wait_for_zones(nodes)?;
         Ok(this)
@@ -104,8 +120,8 @@ impl KubeProxyCluster {
         for network in &mut self.networks {
             for node in 1..=nodes {
                 let mut restarts = 0;
-                while let Err(error) =
-                    addresses.iter().try_for_each(|address| network.knows_zone(node, address))
+                let asked = &addresses[..kube_proxy::families(network.mode).len()];
+                while let Err(error) = asked.iter().try_for_each(|address| network.knows_zone(node, address))
                 {
                     ensure!(restarts < ZONE_RESTARTS, "{error:#}\n{}", network.logs());
                     restarts += 1;
@@ -116,21 +132,27 @@ impl KubeProxyCluster {
         self.runtime.block_on(objects.make(""))
     }
 
-    /// The share of number `number`.
-    pub fn share(&self, number: u8) -> Result<Share<'_>> {
+    /// That many shares, their markers known everywhere.
+    pub fn shares(&self, count: u8) -> Result<Vec<Share<'_>>> {
         let objects = || anyhow::Ok(Objects::new(self.runtime.block_on(self.server.cluster())?));
-        let marker = Marker { number, objects: objects()?, changes: 0 };
-        Ok(Share { cluster: self, objects: objects()?, marker })
+        let mut shares = Vec::new();
+        for number in 1..=count {
+            let mut marker = Marker { number, objects: objects()?, port: 1024, pod: Place::Pod(1, 1) };
+            self.runtime.block_on(marker.make())?;
+            shares.push(Share { cluster: self, objects: objects()?, marker });
+        }
+        shares.iter().try_for_each(|share| self.wait_for(&share.marker))?;
+        Ok(shares)
     }
 
     /// Waits until every node of every mode has the last change of a marker, in both families.
     fn wait_for(&self, marker: &Marker) -> Result<()> {
         for network in &self.networks {
             for node in 1..=network.lab.nodes() {
-                for family in [Family::V4, Family::V6] {
+                for &family in kube_proxy::families(network.mode) {
                     let place = Place::Node(node);
                     wait_until("kube-proxy has what was changed", PATIENCE, || {
-                        Ok(marker.is_seen(&network.lab, place, family)?.then_some(()))
+                        Ok(marker.is_seen(network, place, family)?.then_some(()))
                     })
                     .with_context(|| format!("{}, {place}, {family}", network.mode.name()))
                     .with_context(|| network.logs())?;
@@ -142,12 +164,23 @@ impl KubeProxyCluster {
 }
 
 impl Subject for Share<'_> {
+    /// That everything is gone is not waited for: nobody looks at it before something else is made.
     fn make(&mut self, objects: &str) -> Result<()> {
-        self.cluster.runtime.block_on(async {
-            self.objects.make(objects).await?;
-            self.marker.change().await
-        })?;
-        self.cluster.wait_for(&self.marker)
+        self.cluster.runtime.block_on(self.objects.make(objects))?;
+        if objects.is_empty() {
+            return Ok(());
+        }
+        let cluster = self.cluster;
+        self.marker.move_pod();
+        self.marker.move_port();
+        cluster.runtime.block_on(self.marker.make())?;
+        cluster.wait_for(&self.marker)?;
+        if KubeProxyCluster::modes().contains(&Mode::Ipvs) {
+            self.marker.move_port();
+            cluster.runtime.block_on(self.marker.make())?;
+            cluster.wait_for(&self.marker)?;
+        }
+        Ok(())
     }
 
     fn networks(&self) -> Vec<Network<'_>> {
@@ -157,9 +190,9 @@ impl Subject for Share<'_> {
 }
 
 impl ProxyNetwork {
-    fn start(mode: Mode, lab: Lab, server: &ApiServer) -> Result<Self> {
+    fn start(mode: Mode, lab: Lab, server: &Server) -> Result<Self> {
         let pods = start_pods(&lab, &binaries()?)?;
-        let relay = Relay::open(&lab, server)?;
+        let relay = Relay::open(&lab, server.kubeconfig())?;
         let start = |node| kube_proxy::start_prompt(&lab, node, mode, relay.kubeconfig());
         let proxies = (1..=lab.nodes()).map(start).collect::<Result<_>>()?;
         Ok(Self { mode, proxies, relay, _pods: pods, lab })
@@ -172,7 +205,8 @@ impl ProxyNetwork {
             let outcome = probe_within(&self.lab, Place::Node(node), Transport::Tcp, to, MARKER_PATIENCE)?;
             Ok(matches!(outcome, Outcome::Answered { by, .. } if by == Place::Pod(node, 1)))
         };
-        wait_until("kube-proxy knows the zone of its node", ZONE_PATIENCE, || {
+        let patience = if self.mode == Mode::Ipvs { ZONE_PATIENCE_IN_IPVS } else { ZONE_PATIENCE };
+        wait_until("kube-proxy knows the zone of its node", patience, || {
             for _ in 0..IN_ZONE {
                 if !own()? {
                     return Ok(None);
@@ -203,30 +237,32 @@ impl Marker {
         }
     }
 
-    fn port(&self) -> u16 {
-        1024 + self.changes
+    fn move_port(&mut self) {
+        self.port += 1;
     }
 
-    fn pod(&self) -> Place {
-        Place::Pod(1 + u8::from(self.changes.is_multiple_of(2)), 1)
+    fn move_pod(&mut self) {
+        self.pod = if self.pod == Place::Pod(1, 1) { Place::Pod(2, 1) } else { Place::Pod(1, 1) };
     }
 
-    async fn change(&mut self) -> Result<()> {
-        self.changes += 1;
+    async fn make(&mut self) -> Result<()> {
         let name = format!("marker-{}", self.number);
         let addresses = [Family::V4, Family::V6].map(|family| self.address(family));
-        let mut manifests = vec![service(&name, [&addresses[0], &addresses[1]], self.port())];
+        let mut manifests = vec![service(&name, [&addresses[0], &addresses[1]], self.port)];
         for family in [Family::V4, Family::V6] {
-            let endpoint = json!({"addresses": [self.pod().address(family)]});
+            let endpoint = json!({"addresses": [self.pod.address(family)]});
             manifests.push(slice(&name, family, vec![endpoint]));
         }
         self.objects.make(&manifests.join("\n---\n")).await
     }
 
-    fn is_seen(&self, lab: &Lab, from: Place, family: Family) -> Result<bool> {
-        let to = SocketAddr::new(self.address(family).parse()?, self.port());
-        let outcome = probe_within(lab, from, Transport::Tcp, to, MARKER_PATIENCE)?;
-        Ok(matches!(outcome, Outcome::Answered { by, .. } if by == self.pod()))
+    fn is_seen(&self, network: &ProxyNetwork, from: Place, family: Family) -> Result<bool> {
+        if network.mode == Mode::Ipvs {
+            std::thread::sleep(guest::patient(IPVS_POLL));
+        }
+        let to = SocketAddr::new(self.address(family).parse()?, self.port);
+        let outcome = probe_within(&network.lab, from, Transport::Tcp, to, MARKER_PATIENCE)?;
+        Ok(matches!(outcome, Outcome::Answered { by, .. } if by == self.pod))
     }
 }
 

@@ -1,8 +1,8 @@
-//! Lets programs inside a place reach the API server, which listens on loopback outside of it.
+//! Lets programs inside a place reach the API server, which they cannot reach themselves.
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,6 @@ use anyhow::{Context, Result};
 use lockstep_kernel::netns;
 use serde_json::Value;
 
-use crate::apiserver::ApiServer;
 use crate::lab::{Family, Lab, Place};
 
 /// Port of the relay in its place.
@@ -28,12 +27,12 @@ pub struct Relay {
 
 impl Relay {
     /// Listens in the fabric, where every node reaches it, and carries every connection to the
-    /// API server. The bytes are TLS from end to end: nothing is looked at.
-    pub fn open(lab: &Lab, server: &ApiServer) -> Result<Self> {
+    /// API server of a kubeconfig. The bytes are TLS from end to end: nothing is looked at.
+    pub fn open(lab: &Lab, server: &Path) -> Result<Self> {
         let listener = lab.inside(Place::Fabric, || TcpListener::bind(address()))??;
-        let target = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), server.port());
         let kubeconfig = lab.directory().join("kubeconfig");
-        fs::write(&kubeconfig, through(&server.kubeconfig(), address())?)?;
+        let (text, target) = through(server, address())?;
+        fs::write(&kubeconfig, text)?;
         let closed = Arc::new(AtomicBool::new(false));
         let relay = Self { kubeconfig, namespace: lab.namespace(Place::Fabric), closed: closed.clone() };
         let accepting = move || accept(&listener, target, &closed);
@@ -61,14 +60,15 @@ fn address() -> SocketAddr {
     SocketAddr::new(Place::Fabric.address(Family::V4), PORT)
 }
 
-/// The kubeconfig with another address; the name that the certificate has stays.
-fn through(kubeconfig: &Path, address: SocketAddr) -> Result<String> {
+/// The kubeconfig with another address, and the one it had. The name that the certificate has stays.
+fn through(kubeconfig: &Path, address: SocketAddr) -> Result<(String, SocketAddr)> {
     let text = fs::read_to_string(kubeconfig).with_context(|| kubeconfig.display().to_string())?;
     let mut config: Value = serde_json::from_str(&text).with_context(|| kubeconfig.display().to_string())?;
     let cluster = &mut config["clusters"][0]["cluster"];
+    let server = cluster["server"].as_str().and_then(|url| url.strip_prefix("https://")?.parse().ok());
+    let server = server.with_context(|| format!("{}: no server's address", kubeconfig.display()))?;
     cluster["server"] = format!("https://{address}").into();
-    cluster["tls-server-name"] = "localhost".into();
-    Ok(config.to_string())
+    Ok((config.to_string(), server))
 }
 
 fn accept(listener: &TcpListener, target: SocketAddr, closed: &AtomicBool) {

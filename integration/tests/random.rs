@@ -37,8 +37,8 @@ fn packets_go_where_a_plain_reading_of_the_plan_says() -> Result<()> {
     let theirs = KubeProxyCluster::start(NODES, PODS, "")?;
     let mut shares: Vec<_> = ours.iter().flat_map(|product| product.shares(1)).collect();
     let mut subjects: Vec<&mut dyn Subject> = shares.iter_mut().map(|it| it as &mut dyn Subject).collect();
-    let mut theirs = theirs.share(1)?;
-    subjects.push(&mut theirs);
+    let mut theirs = theirs.shares(1)?;
+    subjects.extend(theirs.iter_mut().map(|it| it as &mut dyn Subject));
     let mut faults = Vec::new();
     for seed in seeds {
         println!("seed {seed}: LOCKSTEP_SEEDS={seed} plays it again");

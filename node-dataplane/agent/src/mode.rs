@@ -11,7 +11,7 @@ use lockstep_backend_iptables::{Iptables, detect, probe};
 use lockstep_backend_ipvs::{Draining, Goes, Ipvs, Options, Removed};
 use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::exec::{Processes, Run};
-use lockstep_kernel::nf_tables::{self, Kernel};
+use lockstep_kernel::nf_tables::{self, Batch, Kernel, Netfilter as _};
 use lockstep_kernel::{Errno, netlink};
 use lockstep_model::NodeContext;
 use lockstep_view::backend::Description;
@@ -67,14 +67,17 @@ pub enum Remains {
     Nftables,
     /// Chains of kube-proxy's names.
     Iptables(Flavour),
+    /// The tables of a kube-proxy in nftables mode. Only who takes over from it removes them.
+    KubeProxy,
 }
 
 impl Remains {
-    const ALL: [Remains; 4] = [
+    const ALL: [Remains; 5] = [
         Remains::Ipvs,
         Remains::Nftables,
         Remains::Iptables(Flavour::Legacy),
         Remains::Iptables(Flavour::Nft),
+        Remains::KubeProxy,
     ];
 
     /// Removes it, but for chains of `chosen`. Returns the number of objects that are gone.
@@ -87,8 +90,9 @@ impl Remains {
         };
         match self {
             Remains::Ipvs => ipvs.remove(&run, &goes),
-            Remains::Nftables if kube_proxy_tables()?.is_none() => Ok(0),
+            Remains::Nftables if tables_of(KUBE_PROXY_TABLE)?.is_none() => Ok(0),
             Remains::Nftables => Ok(Nftables::open()?.cleanup()?),
+            Remains::KubeProxy => remove_kube_proxy(),
             Remains::Iptables(flavour) => {
                 Ok(lockstep_xtables::remove(&run, flavour, &|table, chain| goes(flavour, table, chain))?)
             }
@@ -148,6 +152,7 @@ impl fmt::Display for Remains {
             Remains::Ipvs => f.write_str("ipvs"),
             Remains::Nftables => f.write_str("nftables"),
             Remains::Iptables(flavour) => write!(f, "iptables {flavour}"),
+            Remains::KubeProxy => f.write_str("kube-proxy's nftables"),
         }
     }
 }
@@ -293,7 +298,7 @@ pub fn view_config(config: &Config, description: &Description) -> ViewConfig {
 /// number of objects that were removed. `exclude`: virtual servers in these ranges stay.
 pub fn remove(mode: Mode, exclude: &[IpNet]) -> Vec<(Remains, anyhow::Result<usize>)> {
     let wanted = |remains| match mode {
-        Mode::Auto => true,
+        Mode::Auto => remains != Remains::KubeProxy,
         Mode::Nftables => remains == Remains::Nftables,
         Mode::Iptables => matches!(remains, Remains::Iptables(_)),
         Mode::Ipvs => remains == Remains::Ipvs,
@@ -303,15 +308,13 @@ pub fn remove(mode: Mode, exclude: &[IpNet]) -> Vec<(Remains, anyhow::Result<usi
     all.map(|remains| (remains, remains.remove(None, &ipvs))).collect()
 }
 
-/// Removes what is ours everywhere but where `chosen` writes, and complains of a kube-proxy's
-/// table, which is nobody's but a kube-proxy's.
+/// Removes what is ours everywhere but where `chosen` writes, and what a kube-proxy left.
 ///
 /// Rules that an earlier process left in another mode translate the same addresses at the same
-/// hooks, by a state that nobody keeps up to date any more. So does a kube-proxy that went away
-/// without `kube-proxy --cleanup`; in iptables and IPVS its chains are not told from ours, and it removes
-/// other modes' rules at its own start in the same way.
+/// hooks, by a state that nobody keeps up to date any more. So do those of a kube-proxy that went away
+/// without `kube-proxy --cleanup`. In iptables and IPVS its chains are not told from ours; its tables of
+/// nf_tables are, and go too. It removes other modes' rules at its own start in the same way.
 pub fn remove_others(chosen: Interface, ipvs: &LeaveIpvs) -> Vec<(Remains, anyhow::Result<usize>)> {
-    warn_of_kube_proxy();
     let wanted = |remains| match chosen {
         Interface::Nftables => remains != Remains::Nftables,
         Interface::Iptables(flavour) => remains != Remains::Iptables(flavour),
@@ -321,26 +324,28 @@ pub fn remove_others(chosen: Interface, ipvs: &LeaveIpvs) -> Vec<(Remains, anyho
     all.map(|remains| (remains, remains.remove(Some(chosen), ipvs))).collect()
 }
 
-fn warn_of_kube_proxy() {
-    match kube_proxy_tables() {
-        Ok(tables) if tables.as_ref().is_none_or(Vec::is_empty) => {}
-        Ok(tables) => tracing::error!(
-            ?tables,
-            "a kube-proxy in nftables mode has tables on this node: it translates the same addresses, also to \
-             endpoints that are gone; they are not ours and stay: stop it and run `kube-proxy --cleanup`"
-        ),
-        Err(error) => tracing::debug!(%error, "cannot look for the tables of a kube-proxy"),
+/// A kube-proxy that still runs makes them again.
+fn remove_kube_proxy() -> anyhow::Result<usize> {
+    let families = tables_of(KUBE_PROXY_TABLE)?.unwrap_or_default();
+    if families.is_empty() {
+        return Ok(0);
     }
+    let mut batch = Batch::new();
+    for family in &families {
+        batch.delete_table(*family, KUBE_PROXY_TABLE);
+    }
+    Kernel::open()?.commit(batch.finish())?;
+    Ok(families.len())
 }
 
-/// The tables of a kube-proxy in nftables mode; `None` = this kernel has no nf_tables.
-fn kube_proxy_tables() -> Result<Option<Vec<String>>, netlink::Error> {
+/// The families that have a table of this name; `None` = this kernel has no nf_tables.
+fn tables_of(name: &str) -> Result<Option<Vec<nf_tables::Family>>, netlink::Error> {
     let look = || -> Result<_, netlink::Error> {
         let mut kernel = Kernel::open()?;
         let mut found = Vec::new();
         for family in [nf_tables::Family::Ipv4, nf_tables::Family::Ipv6] {
-            if nf_tables::table_exists(&mut kernel, family, KUBE_PROXY_TABLE)? {
-                found.push(format!("{} {KUBE_PROXY_TABLE}", family.word()));
+            if nf_tables::table_exists(&mut kernel, family, name)? {
+                found.push(family);
             }
         }
         Ok(found)

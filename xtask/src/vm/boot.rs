@@ -32,7 +32,15 @@ pub(crate) struct Limits {
     pub(crate) time: Duration,
     /// Longest time without a sign of life.
     pub(crate) silence: Duration,
+    /// Whether it has an interface, through which it reaches this machine's loopback at [`HOST`].
+    pub(crate) network: bool,
 }
+
+/// This machine's loopback, as a guest with a network sees it.
+pub(crate) const HOST: &str = "10.0.2.2";
+/// What the guest sets up for that: qemu itself is the other end.
+pub(crate) const NETWORK: &str =
+    "modprobe virtio_net\nip link set eth0 up\nip address add 10.0.2.15/24 dev eth0\n";
 
 /// Takes what a guest prints, in pieces as they come.
 pub(crate) type Text<'a> = dyn FnMut(&[u8]) + 'a;
@@ -57,8 +65,6 @@ const MACHINE: &[&str] = &[
     "-smp",
     "2",
     "-display",
-    "none",
-    "-net",
     "none",
 ];
 
@@ -85,6 +91,11 @@ pub(crate) fn boot(
     let mut qemu = Command::new("setpriv");
     qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]).args(MACHINE);
     qemu.args(["-m", &limits.memory.to_string()]);
+    if limits.network {
+        qemu.args(["-netdev", "user,id=host", "-device", "virtio-net-pci,netdev=host,romfile="]);
+    } else {
+        qemu.args(["-net", "none"]);
+    }
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&archive);
     qemu.arg("-append").arg(format!("{KERNEL_LINE}{shell}"));
     let signals = if text.is_none() { "mux=on,signal=off" } else { "signal=on" };
@@ -110,6 +121,11 @@ pub(crate) fn boot(
     // Beside the files, also where there are none.
     let _ = fs::rename(&log, results().with_file_name("kernel.log"));
     outcome
+}
+
+/// Where the files of this run are; they are gone when its guest is.
+pub(crate) fn files() -> PathBuf {
+    build::target().join(format!("vm/run-{}", std::process::id()))
 }
 
 /// Where the files of the last guest are.
@@ -189,9 +205,8 @@ struct Place {
 
 impl Place {
     fn new() -> Result<Self, Failure> {
-        let parent = build::target().join("vm");
-        remove_abandoned(&parent);
-        let directory = parent.join(format!("run-{}", std::process::id()));
+        remove_abandoned(&build::target().join("vm"));
+        let directory = files();
         setup::create(&directory)?;
         Ok(Self { directory })
     }
@@ -255,9 +270,13 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
     const SHORT: Duration = Duration::from_millis(300);
 
+    fn limits(time: Duration, silence: Duration) -> Limits {
+        Limits { memory: 0, time, silence, network: false }
+    }
+
     #[test]
     fn what_is_said_comes_through() {
-        let (verdict, said) = shell("echo one; echo two", Limits { memory: 0, time: LONG, silence: LONG });
+        let (verdict, said) = shell("echo one; echo two", limits(LONG, LONG));
         assert!(verdict.is_ok());
         assert_eq!(said, "one\ntwo\n");
     }
@@ -265,8 +284,7 @@ mod tests {
     #[test]
     fn silence_is_a_hang_and_is_ended() {
         let start = Instant::now();
-        let (verdict, said) =
-            shell("echo one; exec sleep 50", Limits { memory: 0, time: LONG, silence: SHORT });
+        let (verdict, said) = shell("echo one; exec sleep 50", limits(LONG, SHORT));
         assert!(verdict.unwrap_err().to_string().contains("hangs"));
         assert_eq!(said, "one\n");
         assert!(start.elapsed() < LONG / 2);
@@ -275,7 +293,7 @@ mod tests {
     #[test]
     fn whoever_goes_on_talking_is_ended_too() {
         let script = "while :; do echo x; sleep 0.05; done";
-        let (verdict, _) = shell(script, Limits { memory: 0, time: SHORT, silence: LONG });
+        let (verdict, _) = shell(script, limits(SHORT, LONG));
         assert!(verdict.unwrap_err().to_string().contains("not done"));
     }
 }

@@ -18,6 +18,7 @@ const MODULES: &[&str] = &[
     "kernel/net/",
     "kernel/drivers/net/dummy.ko",
     "kernel/drivers/net/veth.ko",
+    "kernel/drivers/net/virtio_net.ko",
     "kernel/drivers/block/virtio_blk.ko",
     "kernel/drivers/virtio/",
 ];

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::apiserver::ApiServer;
 use super::contents::Contents;
 use super::kernel::Kernel;
 use super::{Options, boot, environment, prepare, quoted};
@@ -21,6 +22,8 @@ pub(crate) struct Part {
     /// What of it is run with all other tests: a choice that takes minutes. Empty = all, `None` = only
     /// when it is asked for.
     everyday: Option<&'static [&'static str]>,
+    /// Whether the real kube-proxy is in the guest, and an API server beside it.
+    kube_proxy: bool,
 }
 
 enum Tests {
@@ -40,6 +43,7 @@ pub(crate) const PARTS: &[Part] = &[
         about: "crates with a feature `guest`, from outside",
         tests: Tests::Crates,
         everyday: Some(&[]),
+        kube_proxy: false,
     },
     Part {
         name: "packets",
@@ -47,18 +51,35 @@ pub(crate) const PARTS: &[Part] = &[
         tests: Tests::Integration(&["scenarios"]),
         // What other kernels do differently shows where other parts of them are used.
         everyday: Some(&["ipvs/,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"]),
+        kube_proxy: false,
     },
     Part {
         name: "ipvs",
         about: "the whole product in IPVS mode: what no scenario can show",
         tests: Tests::IntegrationHere("ipvs_mode"),
         everyday: None,
+        kube_proxy: false,
     },
     Part {
         name: "continuity",
         about: "kills and changes of mode under load, IPVS among the modes",
         tests: Tests::Integration(&["continuity", "switches"]),
         everyday: Some(&["takes_over"]),
+        kube_proxy: false,
+    },
+    Part {
+        name: "differential",
+        about: "scenarios with the real kube-proxy in IPVS mode",
+        tests: Tests::Integration(&["differential"]),
+        everyday: None,
+        kube_proxy: true,
+    },
+    Part {
+        name: "takeover",
+        about: "from the real kube-proxy to Lockstep under load, one of both in IPVS mode",
+        tests: Tests::Integration(&["takeover"]),
+        everyday: None,
+        kube_proxy: true,
     },
 ];
 
@@ -71,6 +92,9 @@ pub(crate) fn only_here(file: &str) -> bool {
 pub(crate) const STARTED: [&str; 4] =
     ["lockstep-control-plane", "lockstep-node", "lockstep-pod", "lockstepctl"];
 
+/// MiB of a guest where three kube-proxies run, and all that they start.
+const KUBE_PROXY_MEMORY: u32 = 3072;
+
 /// Longest time for one test program, in seconds.
 const TIME_LIMIT: &str = "2400";
 
@@ -80,7 +104,8 @@ const SIGN: &str = "lockstep-vm: ";
 /// Where built test programs come from.
 pub(crate) type Builder<'a> = dyn FnMut(&Selection) -> Result<Vec<TestProgram>, Failure> + 'a;
 
-/// Runs the named parts, or all. What comes after `--` goes to every test program: which tests to run.
+/// Runs the named parts, or all without kube-proxy. What comes after `--` goes to every test program: which
+/// tests to run.
 pub(crate) fn test(options: &Options, arguments: &[String]) -> Result<(), Failure> {
     let mut halves = arguments.splitn(2, |argument| argument == "--");
     let (names, filters) = (halves.next().unwrap_or_default(), halves.next().unwrap_or_default());
@@ -92,7 +117,7 @@ pub(crate) fn test(options: &Options, arguments: &[String]) -> Result<(), Failur
         }
     }
     if chosen.is_empty() {
-        chosen.extend(PARTS);
+        chosen.extend(PARTS.iter().filter(|part| !part.kube_proxy));
     }
     let mut summary = Summary::default();
     crate::parts::timed(&mut summary, "guest", |outcome| {
@@ -120,6 +145,27 @@ fn run(
     setup::packages()?;
     setup::guest_packages()?;
     let kernel = Kernel::get()?;
+    // An API server takes its share of this machine, so other parts have a guest without.
+    let (with, without): (Vec<_>, Vec<_>) = parts.into_iter().partition(|(part, _)| part.kube_proxy);
+    for parts in [without, with].into_iter().filter(|parts| !parts.is_empty()) {
+        in_one(&kernel, options, parts, built, outcome)?;
+    }
+    Ok(())
+}
+
+/// Runs parts in one guest.
+fn in_one(
+    kernel: &Kernel,
+    options: &Options,
+    parts: Vec<(&Part, Vec<String>)>,
+    built: &mut Builder<'_>,
+    outcome: &mut Outcome,
+) -> Result<(), Failure> {
+    let mut limits = options.limits;
+    limits.network = parts.iter().any(|(part, _)| part.kube_proxy);
+    if limits.network {
+        limits.memory = limits.memory.max(KUBE_PROXY_MEMORY);
+    }
     let (mut programs, mut filters) = (Vec::new(), Vec::new());
     for (part, words) in parts {
         programs.extend(part.programs(built)?);
@@ -129,16 +175,18 @@ fn run(
         println!("no test program is there to be run");
         return Ok(());
     }
-    let mut contents = prepare(&kernel, &options.with)?;
+    let mut contents = prepare(kernel, &options.with)?;
     if programs.iter().any(|program| program.package == INTEGRATION) {
         for name in STARTED {
             contents.add(&build::program(name))?;
         }
     }
-    add_tests(&mut contents, &programs, &filters)?;
+    let server = if limits.network { Some(ApiServer::start(&mut contents)?) } else { None };
+    let before = server.as_ref().map(ApiServer::environment).unwrap_or_default();
+    add_tests(&mut contents, &before, &programs, &filters)?;
     println!("starting a guest with kernel {}", kernel.release);
     let mut report = Report::new(&programs, outcome);
-    let status = boot::boot(&kernel, contents, options.limits, Some(&mut |chunk: &[u8]| report.take(chunk)));
+    let status = boot::boot(kernel, contents, limits, Some(&mut |chunk: &[u8]| report.take(chunk)));
     report.end();
     match status? {
         0 => Ok(()),
@@ -167,14 +215,15 @@ fn of_integration(names: &[&str], built: &mut Builder<'_>) -> Result<Vec<TestPro
     Ok(programs)
 }
 
-/// The programs, and a command that runs one after the other, with the filters of each, and says where
-/// it is.
+/// The programs, and a command that runs one after the other, each with its filters and what comes
+/// before all of them, and says where it is.
 fn add_tests(
     contents: &mut Contents,
+    before: &str,
     programs: &[TestProgram],
     filters: &[Vec<String>],
 ) -> Result<(), Failure> {
-    let mut script = environment();
+    let mut script = environment() + before;
     for (index, (program, filters)) in programs.iter().zip(filters).enumerate() {
         let filters: Vec<String> = filters.iter().map(|filter| quoted(filter)).collect();
         contents.add(&program.executable)?;

@@ -41,7 +41,7 @@ impl Stage {
         let Place::Pod(nodes, pods) = CLIENT else { anyhow::bail!("{CLIENT} is not a pod") };
         let mut product = Product::new(Lab::new(nodes, pods)?, &[mode])?;
         product.secure()?;
-        let relay = Relay::open(&product.lab, server)?;
+        let relay = Relay::open(&product.lab, &server.kubeconfig())?;
         Ok(Self { node: None, control_plane: None, relay, product, mode })
     }
 
