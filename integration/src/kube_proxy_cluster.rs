@@ -164,13 +164,9 @@ impl KubeProxyCluster {
 }
 
 impl Subject for Share<'_> {
-    /// That everything is gone is not waited for: nobody looks at it before something else is made.
     fn make(&mut self, objects: &str) -> Result<()> {
-        self.cluster.runtime.block_on(self.objects.make(objects))?;
-        if objects.is_empty() {
-            return Ok(());
-        }
         let cluster = self.cluster;
+        cluster.runtime.block_on(self.objects.make(objects))?;
         self.marker.move_pod();
         self.marker.move_port();
         cluster.runtime.block_on(self.marker.make())?;
@@ -181,6 +177,10 @@ impl Subject for Share<'_> {
             cluster.wait_for(&self.marker)?;
         }
         Ok(())
+    }
+
+    fn clear(&mut self) -> Result<()> {
+        self.cluster.runtime.block_on(self.objects.make(""))
     }
 
     fn networks(&self) -> Vec<Network<'_>> {

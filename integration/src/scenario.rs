@@ -31,6 +31,11 @@ pub trait Subject {
     /// node has programmed them.
     fn make(&mut self, objects: &str) -> Result<()>;
 
+    /// Removes them all. Whoever plays next has other ones, so nobody need wait.
+    fn clear(&mut self) -> Result<()> {
+        self.make("")
+    }
+
     /// The networks that probes are sent in, all of them at the same time.
     fn networks(&self) -> Vec<Network<'_>>;
 }
@@ -190,7 +195,7 @@ pub enum Expect {
     Answers {
         /// Pods.
         by: Vec<String>,
-        /// Whose address they see: `client`, or the node that masquerades.
+        /// Whose address they see: `client`, the node that masquerades, or `destination`: that which was dialed.
         seeing: String,
     },
     /// One of these pods answers, and always the same one.
@@ -305,7 +310,7 @@ impl Scenario {
             self.steps.iter().enumerate().try_for_each(|(index, step)| {
                 step.play(subject).with_context(|| format!("step {}", index + 1))
             });
-        let removed = subject.make("");
+        let removed = subject.clear();
         played.and(removed)
     }
 }
@@ -412,10 +417,16 @@ impl Probe {
         wanted: &BTreeSet<Place>,
         seeing: &str,
     ) -> Result<Place> {
-        let seen: Place = if seeing == "client" { from } else { seeing.parse()? };
+        let is_seen = |source: IpAddr| -> Result<bool> {
+            Ok(match seeing {
+                "client" => from.owns(source),
+                "destination" => source == to.ip(),
+                place => place.parse::<Place>()?.owns(source),
+            })
+        };
         match probe_with(lab, from, self.protocol, to, self.bytes)? {
             Outcome::Answered { by, source } if wanted.contains(&by) => {
-                ensure!(seen.owns(source), "{by} saw {source}, which is not an address of {seen}");
+                ensure!(is_seen(source)?, "{by} saw {source}, which is not an address of {seeing}");
                 // Being idle is what is waited for.
                 std::thread::sleep(Duration::from_millis(self.pause));
                 Ok(by)

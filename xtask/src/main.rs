@@ -136,10 +136,14 @@ fn bench(arguments: &[String]) -> Result<(), Failure> {
     };
     let peers = setup::peers(others)?;
     process::run(cargo().args(["build", "--release", "--workspace", "--bins"]).current_dir(root()))?;
+    let program = build::optimised("lockstep-bench");
     if arguments == ["ipvs"] {
-        return vm::start(&build::optimised("lockstep-bench"), &["ipvs"], &[]);
+        return vm::start(&program, &["ipvs"], &[]);
+    }
+    if !others.is_empty() && arguments.iter().any(|word| word == "ipvs") {
+        return vm::start_with_kube_proxy(&program, arguments, &vm::STARTED.map(build::optimised));
     }
     // Not by `cargo run`: of one crate alone it would make another copy of every dependency.
-    let mut bench = Command::new(build::optimised("lockstep-bench"));
+    let mut bench = Command::new(program);
     process::run(bench.args(arguments).env("LOCKSTEP_PEERS_DIR", peers).current_dir(root()))
 }

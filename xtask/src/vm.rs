@@ -23,6 +23,7 @@ use std::time::Duration;
 use crate::process::{Failure, broken, root};
 use crate::setup;
 
+use apiserver::ApiServer;
 use boot::Limits;
 use contents::Contents;
 pub(crate) use kernel::Kernel;
@@ -38,6 +39,9 @@ const LIMITS: Limits = Limits {
     silence: Duration::from_secs(600),
     network: false,
 };
+
+/// The same where the real kube-proxy runs, and all that it starts.
+const WITH_KUBE_PROXY: Limits = Limits { memory: 3072, network: true, ..LIMITS };
 
 /// What comes before a command or parts.
 #[derive(Debug)]
@@ -103,13 +107,20 @@ fn run(options: &Options, command: &[String]) -> Result<(), Failure> {
     setup::guest_packages()?;
     let kernel = Kernel::get()?;
     let mut contents = prepare(&kernel, &options.with)?;
+    let server = if options.limits.network {
+        Some(ApiServer::start(Path::new(&command[0]), &mut contents)?)
+    } else {
+        None
+    };
+    let before = server.as_ref().map(ApiServer::environment).unwrap_or_default();
     for word in command.iter().map(Path::new).filter(|word| word.is_file()) {
         contents.add(&absolute(word)?)?;
     }
     let here = std::env::current_dir().unwrap_or_else(|_| root());
     contents.add_directory(&here);
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
-    let script = format!("{}cd {}\n{}\n", environment(), quoted(&here.to_string_lossy()), words.join(" "));
+    let here = quoted(&here.to_string_lossy());
+    let script = format!("{}{before}cd {here}\n{}\n", environment(), words.join(" "));
     contents.add_text(Path::new("/command"), script);
     match boot::boot(&kernel, contents, options.limits, Some(&mut boot::show))? {
         0 => Ok(()),
@@ -119,9 +130,23 @@ fn run(options: &Options, command: &[String]) -> Result<(), Failure> {
 
 /// Runs a program that was built, in the directory of this checkout; those that it starts go along.
 pub(crate) fn start(program: &Path, arguments: &[&str], starts: &[PathBuf]) -> Result<(), Failure> {
+    let arguments: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
+    start_in(LIMITS, program, &arguments, starts)
+}
+
+/// The same with the real kube-proxy, and an API server beside the guest.
+pub(crate) fn start_with_kube_proxy(
+    program: &Path,
+    arguments: &[String],
+    starts: &[PathBuf],
+) -> Result<(), Failure> {
+    start_in(WITH_KUBE_PROXY, program, arguments, starts)
+}
+
+fn start_in(limits: Limits, program: &Path, arguments: &[String], starts: &[PathBuf]) -> Result<(), Failure> {
     let mut command = vec![program.to_string_lossy().into_owned()];
-    command.extend(arguments.iter().map(|word| (*word).to_owned()));
-    run(&Options { limits: LIMITS, with: starts.to_vec() }, &command)
+    command.extend_from_slice(arguments);
+    run(&Options { limits, with: starts.to_vec() }, &command)
 }
 
 fn shell(options: &Options) -> Result<(), Failure> {

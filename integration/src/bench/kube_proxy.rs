@@ -24,7 +24,8 @@ use tokio::runtime::Runtime;
 use self::objects::Objects;
 use self::stage::{Settings, Stage};
 use super::report::Report;
-use crate::apiserver::ApiServer;
+use crate::apiserver::Server;
+use crate::guest::patient;
 use crate::lab::Place;
 use crate::product::Mode;
 
@@ -102,14 +103,17 @@ impl Options {
 }
 
 fn mode(name: &str) -> Result<Mode> {
-    Mode::ALL.into_iter().find(|mode| mode.name() == name).with_context(|| format!("--mode {name}: unknown"))
+    Mode::here()
+        .into_iter()
+        .find(|mode| mode.name() == name)
+        .with_context(|| format!("--mode {name}: unknown"))
 }
 
 /// Measures everything that was asked for.
 pub fn run(report: &mut Report, options: &Options) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     for services in &options.services {
-        let server = runtime.block_on(ApiServer::start())?;
+        let server = runtime.block_on(Server::find())?;
         let cluster = runtime.block_on(server.cluster())?;
         let start = Instant::now();
         let objects = runtime.block_on(Objects::create(cluster, *services)).context("create the objects")?;
@@ -144,7 +148,7 @@ fn note(text: &str) {
 
 struct Bench<'a> {
     runtime: &'a Runtime,
-    server: &'a ApiServer,
+    server: &'a Server,
     objects: Objects,
 }
 
@@ -210,16 +214,16 @@ impl Bench<'_> {
     /// What is the same for both once they are there.
     fn go_on(&mut self, mut stage: Stage, changes: u32, counted: bool, times: &mut Times) -> Result<Stage> {
         for _ in 0..changes {
-            std::thread::sleep(REST);
+            std::thread::sleep(patient(REST));
             times.change.push(self.change(&stage)?);
         }
         if counted {
-            std::thread::sleep(REST);
+            std::thread::sleep(patient(REST));
             let before = stage.cpu()?;
             self.runtime.block_on(self.objects.replace(COUNTED, PACE))?;
             // Watched in order: where this one is in force, all are.
             self.change(&stage)?;
-            std::thread::sleep(SETTLING);
+            std::thread::sleep(patient(SETTLING));
             times.cpu = stage.cpu()? - before;
         }
         let (node, control_plane) = stage.peaks()?;

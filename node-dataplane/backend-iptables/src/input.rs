@@ -14,7 +14,9 @@
 //! are led to before those that lead to them; then all lines of shared chains; then what is
 //! deleted, the other way round. Whatever a section does not reach stays as it was, and what it
 //! leads to is there. The legacy flavour writes the whole table with every commit, so there
-//! nat is one section.
+//! nat is one section. It keeps the chains sorted and searches the place of each by steps of some
+//! dozens, but a chain behind the last is there at once: by name, 110,000 chains take 6 to 8 s to
+//! load, in the order of Services 11 to 12 s.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -84,7 +86,7 @@ impl Input {
         let steps =
             || changes.iter().enumerate().flat_map(|(at, change)| change.ops.iter().map(move |op| (at, op)));
         let inserted = inserted(changes);
-        let (nat, filter): (Vec<Step<'_>>, Vec<Step<'_>>) =
+        let (mut nat, filter): (Vec<Step<'_>>, Vec<Step<'_>>) =
             steps().partition(|(_, op)| op.table() == Table::Nat);
         // Only Services' own lines wait: what goes with a chain goes before it.
         let (last, first): (Vec<Step<'_>>, Vec<Step<'_>>) =
@@ -100,7 +102,10 @@ impl Input {
         input.table(Table::Filter, &first);
         match flavour {
             Flavour::Nft => input.sections(standing, nat),
-            Flavour::Legacy => input.table(Table::Nat, &nat),
+            Flavour::Legacy => {
+                nat.sort_by_key(|(_, op)| op.declares());
+                input.table(Table::Nat, &nat);
+            }
         }
         input.table(Table::Filter, &last);
         input

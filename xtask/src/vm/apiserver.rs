@@ -1,13 +1,12 @@
 //! An API server on this machine for a guest, which would take minutes to start one.
 
 use std::io::{BufRead as _, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use super::boot::{HOST, NETWORK, files};
 use super::contents::Contents;
 use super::quoted;
-use crate::build;
 use crate::process::{Failure, broken};
 use crate::setup;
 
@@ -23,13 +22,14 @@ pub(crate) struct ApiServer {
 }
 
 impl ApiServer {
-    /// Starts it, and adds what a guest needs: access, and the real kube-proxy.
-    pub(crate) fn start(contents: &mut Contents) -> Result<Self, Failure> {
+    /// Starts it by the program that was built beside another one, and adds what a guest needs: access, and
+    /// the real kube-proxy.
+    pub(crate) fn start(beside: &Path, contents: &mut Contents) -> Result<Self, Failure> {
         let peers = setup::peers(&["etcd", "kube-apiserver", "kube-proxy"])?;
         let directory = files().join("apiserver");
         setup::create(&directory)?;
         println!("starting an API server beside the guest");
-        let mut command = Command::new(build::program(PROGRAM));
+        let mut command = Command::new(beside.with_file_name(PROGRAM));
         command.arg(&directory).arg(HOST).env("LOCKSTEP_PEERS_DIR", &peers);
         let mut child = match command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() {
             Ok(child) => child,

@@ -92,9 +92,6 @@ pub(crate) fn only_here(file: &str) -> bool {
 pub(crate) const STARTED: [&str; 4] =
     ["lockstep-control-plane", "lockstep-node", "lockstep-pod", "lockstepctl"];
 
-/// MiB of a guest where three kube-proxies run, and all that they start.
-const KUBE_PROXY_MEMORY: u32 = 3072;
-
 /// Longest time for one test program, in seconds.
 const TIME_LIMIT: &str = "2400";
 
@@ -162,9 +159,9 @@ fn in_one(
     outcome: &mut Outcome,
 ) -> Result<(), Failure> {
     let mut limits = options.limits;
-    limits.network = parts.iter().any(|(part, _)| part.kube_proxy);
-    if limits.network {
-        limits.memory = limits.memory.max(KUBE_PROXY_MEMORY);
+    if parts.iter().any(|(part, _)| part.kube_proxy) {
+        limits.network = true;
+        limits.memory = limits.memory.max(super::WITH_KUBE_PROXY.memory);
     }
     let (mut programs, mut filters) = (Vec::new(), Vec::new());
     for (part, words) in parts {
@@ -181,7 +178,8 @@ fn in_one(
             contents.add(&build::program(name))?;
         }
     }
-    let server = if limits.network { Some(ApiServer::start(&mut contents)?) } else { None };
+    let built = build::program(STARTED[0]);
+    let server = if limits.network { Some(ApiServer::start(&built, &mut contents)?) } else { None };
     let before = server.as_ref().map(ApiServer::environment).unwrap_or_default();
     add_tests(&mut contents, &before, &programs, &filters)?;
     println!("starting a guest with kernel {}", kernel.release);

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::guest::patient;
 use crate::lab::{Family, Lab, Place};
 use crate::traffic::{self, Outcome, POD_PORT, Transport};
 
@@ -42,9 +43,9 @@ fn until(address: SocketAddr, wanted: impl Fn(Place) -> bool) -> Result<Instant>
         match outcome {
             Outcome::Answered { by, .. } if wanted(by) => return Ok(now),
             other => ensure!(
-                now - start < PATIENCE,
+                now - start < patient(PATIENCE),
                 "{address}: not as wanted within {} s: {other}",
-                PATIENCE.as_secs()
+                patient(PATIENCE).as_secs()
             ),
         }
         std::thread::sleep(((now - start) / 100).clamp(PAUSE[0], PAUSE[1]));

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::outside::CLIENT;
 use super::usage;
-use crate::apiserver::ApiServer;
+use crate::apiserver::Server;
 use crate::kube_proxy;
 use crate::lab::{Family, Lab, Place};
 use crate::product::{self, GRPC_PORT, Mode, Process, Product, wait_until};
@@ -37,11 +37,11 @@ pub(super) struct Stage {
 
 impl Stage {
     /// Nothing runs on the node yet, and nothing ever did.
-    pub(super) fn new(server: &ApiServer, mode: Mode) -> Result<Self> {
+    pub(super) fn new(server: &Server, mode: Mode) -> Result<Self> {
         let Place::Pod(nodes, pods) = CLIENT else { anyhow::bail!("{CLIENT} is not a pod") };
         let mut product = Product::new(Lab::new(nodes, pods)?, &[mode])?;
         product.secure()?;
-        let relay = Relay::open(&product.lab, &server.kubeconfig())?;
+        let relay = Relay::open(&product.lab, server.kubeconfig())?;
         Ok(Self { node: None, control_plane: None, relay, product, mode })
     }
 

@@ -45,7 +45,7 @@ struct Share {
     /// So much of the rest is given in advance: what comes by itself is done at once, and so is what
     /// comes a few times in a row and does not take long.
     credit: Duration,
-    /// No rest is longer than the first of these, or than what it follows took where that is more,
+    /// No rest is longer than the first of these, or than half of what it follows where that is more,
     /// up to the second. So nothing waits for a minute, from which on it counts as stuck.
     longest: [Duration; 2],
 }
@@ -72,7 +72,7 @@ impl Spent {
     fn took(&mut self, took: Duration, now: Instant) {
         let Share { rest, credit, longest: [least, most] } = self.share;
         let owed = self.even_at.max(now) + took * rest - now;
-        let rest = owed.saturating_sub(credit).min(took.clamp(least, most));
+        let rest = owed.saturating_sub(credit).min((took / 2).clamp(least, most));
         if !rest.is_zero() {
             self.next_at = now + rest;
         }
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn the_rest_grows_with_the_pass_and_has_an_end() {
-        for (seconds, rest) in [(2, 2), (4, 4), (30, 5)] {
+        for (seconds, rest) in [(2, 1), (6, 3), (30, 5)] {
             let (begun, _) = sustained(Duration::from_secs(seconds), Duration::from_secs(200));
             let apart = begun.last().unwrap().saturating_sub(begun[begun.len() - 2]);
             assert!(
