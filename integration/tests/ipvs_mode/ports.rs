@@ -2,7 +2,7 @@
 //! connection for a while after its end, and one that begins anew from the same port must neither go
 //! to an endpoint that is gone nor wait until its first packet is sent a second time.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -20,6 +20,8 @@ use socket2::{Domain, SockRef, Socket, Type};
 const PORTS: [u16; 4] = [20_001, 20_002, 20_003, 20_004];
 /// How much longer than in nftables mode a connection may take.
 const LONGER: Duration = Duration::from_millis(500);
+/// Between two tries to use a port that the client's own kernel is not done with.
+const OWN_KERNEL: Duration = Duration::from_millis(1);
 /// Connections that each client makes between two changes.
 const BETWEEN: usize = 16;
 
@@ -46,8 +48,8 @@ fn client(stop: &AtomicBool, made: &AtomicUsize) -> Result<Seen> {
     let (mut seen, again) = (Seen::default(), syns_sent_again()?);
     while !stop.load(Ordering::Relaxed) {
         let (port, ending) = (PORTS[seen.made % PORTS.len()], Ending::ALL[seen.made % Ending::ALL.len()]);
-        let begun = Instant::now();
-        if let Err(error) = connect(port, ending) {
+        let mut begun = Instant::now();
+        if let Err(error) = connect(port, ending, &mut begun) {
             seen.faults.push(format!("port {port}, {ending:?}, after {:.1?}: {error}", begun.elapsed()));
         }
         seen.slowest = seen.slowest.max(begun.elapsed());
@@ -74,12 +76,28 @@ impl Ending {
     const ALL: [Ending; 3] = [Ending::Fin, Ending::FinThenReset, Ending::Reset];
 }
 
-fn connect(port: u16, ending: Ending) -> std::io::Result<()> {
+/// Connects from this port. The client's own kernel refuses that, and sends nothing, until the last packet
+/// of the connection before has come, which on a slow machine it may not have: then again.
+fn dial(port: u16, begun: &mut Instant) -> std::io::Result<TcpStream> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
-    socket.connect_timeout(&roll().into(), patient(PATIENCE))?;
-    let mut stream = TcpStream::from(socket);
+    let first = Instant::now();
+    loop {
+        *begun = Instant::now();
+        match socket.connect_timeout(&roll().into(), patient(PATIENCE)) {
+            Err(error)
+                if error.kind() == ErrorKind::AddrNotAvailable && first.elapsed() < patient(PATIENCE) =>
+            {
+                thread::sleep(OWN_KERNEL);
+            }
+            connected => return connected.map(|()| socket.into()),
+        }
+    }
+}
+
+fn connect(port: u16, ending: Ending, begun: &mut Instant) -> std::io::Result<()> {
+    let mut stream = dial(port, begun)?;
     stream.set_read_timeout(Some(patient(PATIENCE)))?;
     if !matches!(ending, Ending::Reset) {
         stream.write_all(b"?")?;

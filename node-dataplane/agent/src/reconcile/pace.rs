@@ -23,11 +23,19 @@ const REPAIR_CREDIT: Duration = Duration::from_secs(4);
 const PASSES: Share = Share {
     rest: 15,
     credit: Duration::from_secs(1),
-    longest: [Duration::from_secs(1), Duration::from_secs(5)],
+    longest: |took| took.clamp(ALONE_REST, Duration::from_secs(5)),
 };
-/// Reading back what they wrote: one part in 71. What waits for it is verified later, not less.
-const READ_BACKS: Share =
-    Share { rest: 70, credit: Duration::from_secs(4), longest: [Duration::from_secs(5); 2] };
+/// Reading back what they wrote: one part in 71. What waits for it is verified later, not less. With
+/// 10,000 Services, iptables-legacy takes more than a second for it, and the longest rest is what counts.
+const READ_BACKS: Share = Share {
+    rest: 70,
+    credit: Duration::from_secs(4),
+    longest: |took| (took * 6).clamp(Duration::from_secs(5), Duration::from_secs(15)),
+};
+/// What comes so long after the last pass and read-back ended comes by itself: changes that do not end are
+/// there already. It waits for no more than a second after the pass, however long that took.
+const ALONE: Duration = Duration::from_millis(100);
+const ALONE_REST: Duration = Duration::from_secs(1);
 /// Backoff of a backend that refuses.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(30);
@@ -45,9 +53,9 @@ struct Share {
     /// So much of the rest is given in advance: what comes by itself is done at once, and so is what
     /// comes a few times in a row and does not take long.
     credit: Duration,
-    /// No rest is longer than the first of these, or than half of what it follows where that is more,
-    /// up to the second. So nothing waits for a minute, from which on it counts as stuck.
-    longest: [Duration; 2],
+    /// No rest is longer than this after what took so long. So nothing waits for a minute, from which
+    /// on it counts as stuck.
+    longest: fn(Duration) -> Duration,
 }
 
 /// What something took so far.
@@ -70,9 +78,9 @@ impl Spent {
 
     /// It was done once more and took this long.
     fn took(&mut self, took: Duration, now: Instant) {
-        let Share { rest, credit, longest: [least, most] } = self.share;
+        let Share { rest, credit, longest } = self.share;
         let owed = self.even_at.max(now) + took * rest - now;
-        let rest = owed.saturating_sub(credit).min((took / 2).clamp(least, most));
+        let rest = owed.saturating_sub(credit).min(longest(took));
         if !rest.is_zero() {
             self.next_at = now + rest;
         }
@@ -92,6 +100,9 @@ pub(super) struct Pace {
     refusals: u32,
     passes: Spent,
     read_backs: Spent,
+    /// When the last pass and the last read-back or pass ended.
+    passed_at: Option<Instant>,
+    busy_until: Option<Instant>,
 }
 
 impl Pace {
@@ -104,6 +115,8 @@ impl Pace {
             refusals: 0,
             passes: Spent::new(PASSES, now),
             read_backs: Spent::new(READ_BACKS, now),
+            passed_at: None,
+            busy_until: None,
         }
     }
 
@@ -137,16 +150,21 @@ impl Pace {
     /// Changes were programmed, which took this long.
     pub(super) fn changed(&mut self, took: Duration, now: Instant) {
         self.passes.took(took, now);
+        (self.passed_at, self.busy_until) = (Some(now), Some(now));
     }
 
-    /// True where changes may be programmed; until then they wait for more of them.
-    pub(super) fn changes_due(&self, now: Instant) -> bool {
-        self.passes.due(now)
+    /// True where changes may be programmed, the first of which came at `since`; until then they wait for
+    /// more of them.
+    pub(super) fn changes_due(&self, since: Option<Instant>, now: Instant) -> bool {
+        let alone = since.zip(self.busy_until).is_some_and(|(since, until)| since >= until + ALONE);
+        let rested = self.passed_at.is_none_or(|at| now >= at + ALONE_REST);
+        self.passes.due(now) || alone && rested
     }
 
     /// What was written was read back, which took this long.
     pub(super) fn read_back(&mut self, took: Duration, now: Instant) {
         self.read_backs.took(took, now);
+        self.busy_until = Some(now);
     }
 
     /// True where what is written may be read back.
@@ -199,7 +217,7 @@ mod tests {
         let mut pace = Pace::new(start);
         let (mut now, mut begun) = (start, Vec::new());
         while now < start + time {
-            if pace.changes_due(now) {
+            if pace.changes_due(begun.last().map(|last| start + *last + pass), now) {
                 begun.push(now - start);
                 now += pass;
                 pace.changed(pass, now);
@@ -234,7 +252,7 @@ mod tests {
 
     #[test]
     fn the_rest_grows_with_the_pass_and_has_an_end() {
-        for (seconds, rest) in [(2, 1), (6, 3), (30, 5)] {
+        for (seconds, rest) in [(2, 2), (4, 4), (30, 5)] {
             let (begun, _) = sustained(Duration::from_secs(seconds), Duration::from_secs(200));
             let apart = begun.last().unwrap().saturating_sub(begun[begun.len() - 2]);
             assert!(
@@ -255,11 +273,11 @@ mod tests {
             now = pace.passes.next_at;
         }
         // As after any number of passes, the one after a second comes at once...
-        assert!(pace.changes_due(now));
+        assert!(pace.changes_due(None, now));
         // ...and what was let off is forgotten: soon there is credit again, for two in a row.
         now += Duration::from_secs(10);
         pace.changed(Duration::from_millis(60), now);
-        assert!(pace.changes_due(now));
+        assert!(pace.changes_due(None, now));
     }
 
     #[test]
@@ -280,6 +298,38 @@ mod tests {
         let apart = times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
         assert!(apart < Duration::from_millis(5_100), "{apart:?}");
         assert!(took * u32::try_from(times.len()).unwrap() < Duration::from_secs(60) / 60, "{}", times.len());
+    }
+
+    #[test]
+    fn a_change_that_comes_by_itself_waits_for_a_second_at_most() {
+        let start = Instant::now();
+        let mut pace = Pace::new(start);
+        pace.changed(Duration::from_secs(3), start);
+        let after = |millis| start + Duration::from_millis(millis);
+        // It was there when the pass ended.
+        assert!(
+            !pace.changes_due(Some(after(10)), after(2_900))
+                && pace.changes_due(Some(after(10)), after(3_000))
+        );
+        // It came later.
+        assert!(
+            !pace.changes_due(Some(after(200)), after(990))
+                && pace.changes_due(Some(after(200)), after(1_000))
+        );
+        // It may have come while what the pass wrote was read back.
+        pace.read_back(Duration::from_millis(500), after(500));
+        assert!(!pace.changes_due(Some(after(510)), after(2_900)));
+    }
+
+    #[test]
+    fn a_dear_read_back_takes_a_seventh() {
+        let now = Instant::now();
+        for (took, rest) in [(1, 6), (2, 12), (10, 15)] {
+            let mut pace = Pace::new(now);
+            pace.read_back(Duration::from_secs(took), now);
+            let due = |after| pace.read_back_due(now + Duration::from_secs(after));
+            assert!(due(rest) && !due(rest - 1), "{took} s");
+        }
     }
 
     #[test]

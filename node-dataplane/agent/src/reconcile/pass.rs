@@ -111,7 +111,8 @@ impl Reconciler {
     /// had their share of the time. What compares everything has times of its own.
     pub(super) fn rests(&self, now: Now) -> bool {
         let Pending { full, node, .. } = self.pending;
-        self.programmed && !full && !node && !self.pace.changes_due(now.monotonic)
+        let since = self.pending.since.map(|since| since.monotonic);
+        self.programmed && !full && !node && !self.pace.changes_due(since, now.monotonic)
     }
 
     /// The backend refused and is given time. The plan and the disk go on, so that what waits
