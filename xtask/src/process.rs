@@ -32,11 +32,18 @@ pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
 }
 
+/// How the variables begin that say which crate is built or run.
+const OF_CARGO: [&str; 2] = ["CARGO_MANIFEST_", "CARGO_PKG_"];
+
 /// The cargo that runs this program.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // Set by the cargo that runs xtask, for xtask; a cargo below must not take it for its own.
-    for name in ["CARGO_MANIFEST_DIR", "CARGO_PKG_NAME", "CARGO_PKG_VERSION"] {
+    // Set by the cargo that runs xtask, for xtask; a cargo below must not take it for its own. Build
+    // scripts of dependencies look at some: with them set, all would be built anew after a `cargo build`.
+    let names = std::env::vars_os().map(|(name, _)| name);
+    for name in
+        names.filter(|name| name.to_str().is_some_and(|name| OF_CARGO.iter().any(|it| name.starts_with(it))))
+    {
         command.env_remove(name);
     }
     command.current_dir(root());

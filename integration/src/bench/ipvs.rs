@@ -2,6 +2,8 @@
 //! virtual servers, sets and addresses with one batch each and knows nothing of Services. What it
 //! writes is read from the kernel after Lockstep wrote it.
 //!
+//! Its namespaces have their loopback: without a local route IPVS takes no endpoint.
+//!
 //! Needs a kernel with IPVS: `cargo xtask vm run` has one. Times are those of an emulated machine, so
 //! only ratios within one run say anything.
 
@@ -15,12 +17,12 @@ use lockstep_kernel::dummy::{self, Device as _};
 use lockstep_kernel::exec::{Processes, Run};
 use lockstep_kernel::ipset::{self, Declaration, Entry, Kind, Sets as _};
 use lockstep_kernel::ipvs::{self, Ipvs as _, Key, RealServer, Request, VirtualServer};
-use lockstep_kernel::netns;
 use lockstep_view::Backend as _;
 use lockstep_xtables::Flavour;
 
 use super::cluster::{Replaced, Upstream};
 use super::node::{Node, Times, program, session};
+use super::programs::in_network;
 
 /// Times that one set-up of a size gives.
 #[derive(Debug, Default)]
@@ -144,16 +146,16 @@ pub fn measure(services: u32, loads: usize, swaps: usize) -> Result<Measured> {
     let mut measured = Measured::default();
     let mut copy = None;
     for repetition in 0..=loads {
-        let total = netns::run_in_new(|| -> Result<_> {
+        let total = in_network(|| {
             let mut backend = open()?;
             let (_, total, _) = program(session.state(), session.node().clone(), &mut backend)?;
             if copy.is_none() {
                 copy = Some(Copy::read(&mut Kernel::open()?)?);
             }
             Ok(total)
-        })??;
+        })?;
         let copy = copy.as_ref().context("no copy")?;
-        let raw = netns::run_in_new(|| -> Result<_> {
+        let raw = in_network(|| {
             let mut kernel = Kernel::open()?;
             let start = Instant::now();
             copy.write(&mut kernel)?;
@@ -162,7 +164,7 @@ pub fn measure(services: u32, loads: usize, swaps: usize) -> Result<Measured> {
                 ensure!(Copy::read(&mut kernel)? == *copy, "the raw limit wrote another state");
             }
             Ok(raw)
-        })??;
+        })?;
         // The first pair warms the caches of both.
         if repetition > 0 || loads == 0 {
             measured.full.lockstep.push(total);
@@ -171,12 +173,12 @@ pub fn measure(services: u32, loads: usize, swaps: usize) -> Result<Measured> {
     }
     let copy = copy.context("nothing was loaded")?;
     measured.servers = copy.servers.len();
-    netns::run_in_new(|| -> Result<()> {
+    in_network(|| {
         let mut backend = open()?;
         let (view, ..) = program(session.state(), session.node().clone(), &mut backend)?;
         ensure!(backend.verify()?.is_empty(), "not as written");
         let mut node = Node { session, view, backend };
-        netns::run_in_new(|| -> Result<()> {
+        in_network(|| {
             let mut kernel = Kernel::open()?;
             copy.write(&mut kernel)?;
             let pairs =
@@ -192,7 +194,7 @@ pub fn measure(services: u32, loads: usize, swaps: usize) -> Result<Measured> {
                 measured.verify.lockstep.push(start.elapsed());
             }
             Ok(())
-        })?
-    })??;
+        })
+    })?;
     Ok(measured)
 }

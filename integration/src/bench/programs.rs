@@ -95,13 +95,20 @@ pub fn run<T: Send>(
 ) -> Result<T> {
     let directory = Directory::new("lockstep-bench-")?;
     let upstream = Upstream::new(services);
-    netns::run_in_new(|| work(&mut Programs::start(services, upstream, binaries, directory.path())?))?
+    in_network(|| work(&mut Programs::start(services, upstream, binaries, directory.path())?))
+}
+
+/// Runs `work` in a network namespace of its own that has its loopback.
+pub(super) fn in_network<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    netns::run_in_new(|| {
+        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().context("ip")?;
+        ensure!(up.success(), "ip link set lo up failed");
+        work()
+    })?
 }
 
 impl Programs {
     fn start(services: u32, upstream: Upstream, binaries: &Path, directory: &Path) -> Result<Self> {
-        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().context("ip")?;
-        ensure!(up.success(), "ip link set lo up failed");
         let manifests = directory.join("manifests");
         fs::create_dir(&manifests)?;
         write_manifests(&upstream, services, &manifests, None)?;

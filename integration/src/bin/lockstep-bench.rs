@@ -163,10 +163,14 @@ fn in_ipvs_mode(report: &mut Report) -> Result<()> {
         report.at_most(work, ratio(full, limit), 2.0, "x", &detail);
         let (swap, raw) = (median(&measured.swap.lockstep), median(&measured.swap.raw));
         swaps.push(swap);
+        let node::Stages { session, view, backend } = &measured.swap.stages;
         let detail = format!(
-            " ({} : {}; reading back {})",
+            " ({} : {}; session {}, planning {}, backend {}, and reading back {})",
             text(swap),
             text(raw),
+            text(median(session)),
+            text(median(view)),
+            text(median(backend)),
             text(median(&measured.verify.lockstep))
         );
         let work = format!("IPVS: one endpoint replaced, {services} x 10, p50");
