@@ -1,5 +1,5 @@
 //! IPVS mode, from a frame's bytes to what the kernel has, against a program that writes the same
-//! virtual servers, sets and addresses with one batch each and knows nothing of Services. What it
+//! virtual servers, sets, addresses and chains with one batch each and knows nothing of Services. What it
 //! writes is read from the kernel after Lockstep wrote it.
 //!
 //! Its namespaces have their loopback: without a local route IPVS takes no endpoint.
@@ -9,7 +9,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lockstep_backend_ipvs::{Ipvs, Options};
@@ -17,12 +17,16 @@ use lockstep_kernel::dummy::{self, Device as _};
 use lockstep_kernel::exec::{Processes, Run};
 use lockstep_kernel::ipset::{self, Declaration, Entry, Kind, Sets as _};
 use lockstep_kernel::ipvs::{self, Ipvs as _, Key, RealServer, Request, VirtualServer};
+use lockstep_model::Family;
 use lockstep_view::Backend as _;
-use lockstep_xtables::Flavour;
+use lockstep_xtables::{Flavour, Tool};
 
 use super::cluster::{Replaced, Upstream};
 use super::node::{Node, Times, program, session};
 use super::programs::in_network;
+
+/// The flavour of the fixed chains.
+const FLAVOUR: Flavour = Flavour::Nft;
 
 /// Times that one set-up of a size gives.
 #[derive(Debug, Default)]
@@ -33,16 +37,20 @@ pub struct Measured {
     pub swap: Times,
     /// Reading back what that touched.
     pub verify: Times,
+    /// One endpoint replaced raw, whatever connections the old one has.
+    pub cut: Vec<Duration>,
     /// Virtual servers in the kernel.
     pub servers: usize,
 }
 
-/// What the kernel has, but for chains.
+/// What the kernel has.
 #[derive(Debug, PartialEq, Eq)]
 struct Copy {
     servers: Vec<(VirtualServer, Vec<RealServer>)>,
     sets: Vec<(Declared, Vec<Entry>)>,
     addresses: Vec<IpAddr>,
+    /// As the tool of each family prints them.
+    chains: Vec<String>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -58,12 +66,15 @@ struct Kernel {
     servers: ipvs::Kernel,
     sets: ipset::Kernel,
     device: dummy::Kernel,
+    tools: Vec<Tool>,
 }
 
 impl Kernel {
     fn open() -> Result<Self> {
         let (servers, sets) = (ipvs::Kernel::open()?, ipset::Kernel::open()?);
-        Ok(Self { servers, sets, device: dummy::Kernel::open("kube-ipvs0")? })
+        let run: Arc<dyn Run> = Arc::new(Processes);
+        let tools = Family::ALL.map(|family| Tool::new(Arc::clone(&run), FLAVOUR, family));
+        Ok(Self { servers, sets, device: dummy::Kernel::open("kube-ipvs0")?, tools: tools.into() })
     }
 }
 
@@ -90,7 +101,13 @@ impl Copy {
         }
         sets.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
         let addresses = kernel.device.addresses()?.context("no interface")?;
-        Ok(Self { servers, sets, addresses })
+        let saved = kernel.tools.iter().map(Tool::save).collect::<Result<Vec<_>, _>>()?;
+        // The comments have the time in them.
+        let rules = |text: &String| {
+            let lines = text.lines().filter(|line| !line.starts_with('#'));
+            lines.map(|line| format!("{line}\n")).collect()
+        };
+        Ok(Self { servers, sets, addresses, chains: saved.iter().map(rules).collect() })
     }
 
     fn write(&self, kernel: &mut Kernel) -> Result<()> {
@@ -106,10 +123,12 @@ impl Copy {
             requests.push(Request::Add(server.clone()));
             requests.extend(reals.iter().map(|real| Request::AddReal(server.key, *real)));
         }
-        let refused = kernel.servers.commit(&requests)?;
-        ensure!(refused.is_empty(), "{:?}", refused.first());
+        commit(kernel, &requests)?;
         let refused = kernel.device.change(&self.addresses, &[])?;
         ensure!(refused.is_empty(), "{:?}", refused.first());
+        for (tool, chains) in kernel.tools.iter().zip(&self.chains) {
+            tool.restore(chains)?;
+        }
         Ok(())
     }
 }
@@ -121,22 +140,50 @@ struct Swaps {
 }
 
 impl Swaps {
-    fn swap(&mut self, kernel: &mut Kernel) -> Result<std::time::Duration> {
-        let start = Instant::now();
+    /// Returns the virtual server, the endpoint that goes and the one that comes.
+    fn next(&mut self) -> (Key, RealServer, RealServer) {
         self.at = (self.at + 7919) % self.servers.len();
         let (key, real) = &mut self.servers[self.at];
         let old = *real;
         real.port ^= 0x4000;
-        let requests = [Request::AddReal(*key, *real), Request::RemoveReal(*key, old.address, old.port)];
-        let refused = kernel.servers.commit(&requests)?;
-        ensure!(refused.is_empty(), "{:?}", refused.first());
+        (*key, old, *real)
+    }
+
+    /// As it must be where connections are to go on: no new ones to the old endpoint, and it goes only
+    /// once it is known to have none.
+    fn swap(&mut self, kernel: &mut Kernel) -> Result<Duration> {
+        let start = Instant::now();
+        let (key, old, new) = self.next();
+        commit(
+            kernel,
+            &[Request::AddReal(key, new), Request::SetReal(key, RealServer { weight: 0, ..old })],
+        )?;
+        let all = kernel.servers.real_servers(key)?;
+        let found = all.iter().find(|(real, _)| (real.address, real.port) == (old.address, old.port));
+        let (_, connections) = found.context("the old endpoint")?;
+        ensure!(connections.active + connections.inactive == 0, "somebody talks to {}", old.address);
+        commit(kernel, &[Request::RemoveReal(key, old.address, old.port)])?;
+        Ok(start.elapsed())
+    }
+
+    /// As it is done where connections are cut.
+    fn cut(&mut self, kernel: &mut Kernel) -> Result<Duration> {
+        let start = Instant::now();
+        let (key, old, new) = self.next();
+        commit(kernel, &[Request::AddReal(key, new), Request::RemoveReal(key, old.address, old.port)])?;
         Ok(start.elapsed())
     }
 }
 
+fn commit(kernel: &mut Kernel, requests: &[Request]) -> Result<()> {
+    let refused = kernel.servers.commit(requests)?;
+    ensure!(refused.is_empty(), "{:?}", refused.first());
+    Ok(())
+}
+
 fn open() -> Result<Ipvs> {
     let run: Arc<dyn Run> = Arc::new(Processes);
-    Ok(Ipvs::open(&run, Flavour::Nft, Options::default())?)
+    Ok(Ipvs::open(&run, FLAVOUR, Options::default())?)
 }
 
 /// Measures everything at one size, in namespaces that end with it.
@@ -189,6 +236,7 @@ pub fn measure(services: u32, loads: usize, swaps: usize) -> Result<Measured> {
                 let frames = upstream.publish(event)?;
                 node.receive(frames, &mut measured.swap)?;
                 measured.swap.raw.push(raw.swap(&mut kernel)?);
+                measured.cut.push(raw.cut(&mut kernel)?);
                 let start = Instant::now();
                 ensure!(node.backend.verify()?.is_empty(), "not as written");
                 measured.verify.lockstep.push(start.elapsed());

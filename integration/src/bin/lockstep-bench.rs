@@ -165,9 +165,10 @@ fn in_ipvs_mode(report: &mut Report) -> Result<()> {
         swaps.push(swap);
         let node::Stages { session, view, backend } = &measured.swap.stages;
         let detail = format!(
-            " ({} : {}; session {}, planning {}, backend {}, and reading back {})",
+            " ({} : {}, where connections are cut {}; session {}, planning {}, backend {}, and reading back {})",
             text(swap),
             text(raw),
+            text(median(&measured.cut)),
             text(median(session)),
             text(median(view)),
             text(median(backend)),

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::thread;
 use std::time::Instant;
 
 use ipnet::IpNet;
@@ -11,10 +12,11 @@ use lockstep_kernel::ipvs::{Key, Request};
 use lockstep_kernel::{Errno, netlink};
 use lockstep_model::{Family, ServiceKey};
 use lockstep_view::ForwardingPlan;
-use lockstep_xtables::Table;
+use lockstep_xtables::{Table, ToolError};
 use rustc_hash::FxHashSet;
 
 use crate::backend::{Fault, Ipvs, LeftOut, blame};
+use crate::chains::Chains;
 use crate::change::{self, Found};
 use crate::holdings::{Holdings, Moved};
 use crate::names::{Purpose, Set};
@@ -199,12 +201,17 @@ impl Ipvs {
     }
 
     fn write_chains(&mut self, terms: &Terms, tables: &[Table]) -> Result<usize, Fault> {
-        let mut objects = 0;
-        for chains in &mut self.chains {
-            objects += chains.write(terms, tables)?;
-        }
+        // Most of it is the time that the tools take, so both families write at the same time.
+        let written: Vec<Result<usize, ToolError>> = thread::scope(|scope| {
+            let write = |chains| scope.spawn(move || Chains::write(chains, terms, tables));
+            let running: Vec<_> = self.chains.iter_mut().map(write).collect();
+            let join = |thread: thread::ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            running.into_iter().map(join).collect()
+        });
         self.watch.settle();
-        Ok(objects)
+        written.into_iter().try_fold(0, |objects, written| Ok(objects + written?))
     }
 }
 
