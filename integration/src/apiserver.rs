@@ -28,7 +28,7 @@ use crate::leftovers::{self, Directory};
 pub const PEERS_DIR: &str = "LOCKSTEP_PEERS_DIR";
 
 /// The kubeconfig of a server on another machine, for tests in the guest, which is too slow for one.
-pub const KUBECONFIG: &str = "LOCKSTEP_KUBECONFIG";
+pub const KUBECONFIG: &str = "LOCKSTEP_TEST_KUBECONFIG";
 
 const TOKEN: &str = "lockstep-test-token";
 /// Cold starts on a busy machine with two cores take up to 20 seconds.

@@ -136,8 +136,14 @@ impl Product {
                 .args(secrets.control_plane.server_flags(true))
                 .env("LOCKSTEP_LOG", "info,lockstep_server=debug"),
         };
-        self.control_plane = Some(Process::spawn(&self.lab, "control-plane", command)?);
-        wait_until("the control plane answers", PATIENCE, || Ok(self.server_info().ok().map(drop)))
+        let mut process = Process::spawn(&self.lab, "control-plane", command)?;
+        wait_until("the control plane answers", PATIENCE, || {
+            let ended = process.ended()?;
+            ensure!(ended.is_none(), "it ended with {}:\n{}", ended.unwrap_or_default(), process.tail());
+            Ok(self.server_info().ok().map(drop))
+        })?;
+        self.control_plane = Some(process);
+        Ok(())
     }
 
     /// Starts the agent of a node.

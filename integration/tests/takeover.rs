@@ -112,9 +112,14 @@ fn answers_everywhere(product: &Product, families: &[Family]) -> Result<bool> {
     Ok(true)
 }
 
-/// True where both write the same chains, so that those of the one cannot be told from the other's.
+/// True where both write chains of one name in one flavour, so that the sign of the one is the other's too.
+/// kube-proxy in IPVS mode has the legacy flavour here, and ours the nft one.
 fn shares_rules(kube_proxy: Mode, ours: Mode) -> bool {
-    kube_proxy == ours && ours != Mode::Nftables || kube_proxy == Mode::Ipvs && ours == Mode::IptablesLegacy
+    match kube_proxy {
+        Mode::Nftables => false,
+        Mode::IptablesLegacy | Mode::Ipvs => ours == Mode::IptablesLegacy,
+        Mode::IptablesNft => matches!(ours, Mode::IptablesNft | Mode::Ipvs),
+    }
 }
 
 /// True where the node's packets meet what a kube-proxy of this mode writes.

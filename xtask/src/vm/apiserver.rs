@@ -50,7 +50,7 @@ impl ApiServer {
     pub(crate) fn environment(&self) -> String {
         let kubeconfig = self.directory.join("kubeconfig");
         format!(
-            "{NETWORK}export LOCKSTEP_PEERS_DIR={}\nexport LOCKSTEP_KUBECONFIG={}\n",
+            "{NETWORK}export LOCKSTEP_PEERS_DIR={}\nexport LOCKSTEP_TEST_KUBECONFIG={}\n",
             quoted(&self.peers.to_string_lossy()),
             quoted(&kubeconfig.to_string_lossy())
         )
