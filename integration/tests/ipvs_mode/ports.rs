@@ -20,6 +20,8 @@ use socket2::{Domain, SockRef, Socket, Type};
 const PORTS: [u16; 4] = [20_001, 20_002, 20_003, 20_004];
 /// How much longer than in nftables mode a connection may take.
 const LONGER: Duration = Duration::from_millis(500);
+/// What a connection takes at least whose first packet was lost.
+const SYN_AGAIN: Duration = Duration::from_secs(1);
 /// Between two tries to use a port that the client's own kernel is not done with.
 const OWN_KERNEL: Duration = Duration::from_millis(1);
 /// Connections that each client makes between two changes.
@@ -172,8 +174,9 @@ fn a_port_that_is_used_again_waits_for_nothing_while_endpoints_roll() -> Result<
         ipvs.slowest,
         nftables.slowest
     );
+    // Other programs of the client's namespace are in the count too.
     ensure!(
-        ipvs.syns_sent_again <= nftables.syns_sent_again,
+        ipvs.slowest < SYN_AGAIN || ipvs.syns_sent_again <= nftables.syns_sent_again,
         "SYNs were lost: {} in IPVS mode, {} in nftables mode",
         ipvs.syns_sent_again,
         nftables.syns_sent_again

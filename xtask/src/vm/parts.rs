@@ -19,9 +19,8 @@ pub(crate) struct Part {
     /// What it shows.
     pub(crate) about: &'static str,
     tests: Tests,
-    /// What of it is run with all other tests: a choice that takes minutes. Empty = all, `None` = only
-    /// when it is asked for.
-    everyday: Option<&'static [&'static str]>,
+    /// What of it is run with all other tests: a choice that takes minutes, or all where it is empty.
+    everyday: &'static [&'static str],
     /// Whether the real kube-proxy is in the guest, and an API server beside it.
     kube_proxy: bool,
 }
@@ -42,7 +41,7 @@ pub(crate) const PARTS: &[Part] = &[
         name: "crates",
         about: "crates with a feature `guest`, from outside",
         tests: Tests::Crates,
-        everyday: Some(&[]),
+        everyday: &[],
         kube_proxy: false,
     },
     Part {
@@ -50,35 +49,38 @@ pub(crate) const PARTS: &[Part] = &[
         about: "every scenario with real packets, every mode, also those that need what the host lacks",
         tests: Tests::Integration(&["scenarios"]),
         // What other kernels do differently shows where other parts of them are used.
-        everyday: Some(&["ipvs/,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"]),
+        everyday: &["ipvs/,sctp,/cluster-ip,/node-port,/session-affinity,/source-ranges"],
         kube_proxy: false,
     },
     Part {
         name: "ipvs",
         about: "the whole product in IPVS mode: what no scenario can show",
         tests: Tests::IntegrationHere("ipvs_mode"),
-        everyday: None,
+        everyday: &[],
         kube_proxy: false,
     },
     Part {
         name: "continuity",
         about: "kills and changes of mode under load, IPVS among the modes",
         tests: Tests::Integration(&["continuity", "switches"]),
-        everyday: Some(&["takes_over"]),
+        everyday: &["takes_over"],
         kube_proxy: false,
+    },
+    // Before the other one of them: it leaves the API server as it was.
+    Part {
+        name: "takeover",
+        about: "from the real kube-proxy to Lockstep under load, one of both in IPVS mode",
+        tests: Tests::Integration(&["takeover"]),
+        everyday: &[],
+        kube_proxy: true,
     },
     Part {
         name: "differential",
         about: "scenarios with the real kube-proxy in IPVS mode",
         tests: Tests::Integration(&["differential"]),
-        everyday: None,
-        kube_proxy: true,
-    },
-    Part {
-        name: "takeover",
-        about: "from the real kube-proxy to Lockstep under load, one of both in IPVS mode",
-        tests: Tests::Integration(&["takeover"]),
-        everyday: None,
+        // As many as are played at the same time.
+        everyday: &["hairpin,load-balancer,masquerade,node-port-addresses,internal-policy-local,\
+            external-policy-local,wrong-port,topology-hints,no-endpoints-everywhere,IPv4/terminating"],
         kube_proxy: true,
     },
 ];
@@ -129,8 +131,8 @@ pub(crate) fn test(options: &Options, arguments: &[String]) -> Result<(), Failur
 pub(crate) fn into(built: &mut Builder<'_>, outcome: &mut Outcome) -> Result<(), Failure> {
     let options = Options { limits: super::LIMITS, with: Vec::new() };
     let words = |words: &[&str]| words.iter().copied().map(str::to_owned).collect();
-    let everyday = |part: &'static Part| part.everyday.map(|chosen| (part, words(chosen)));
-    run(&options, PARTS.iter().filter_map(everyday).collect(), built, outcome)
+    let everyday = PARTS.iter().map(|part| (part, words(part.everyday))).collect();
+    run(&options, everyday, built, outcome)
 }
 
 fn run(
