@@ -90,7 +90,7 @@ impl Remains {
         };
         match self {
             Remains::Ipvs => ipvs.remove(&run, &goes),
-            Remains::Nftables if tables_of(KUBE_PROXY_TABLE)?.is_none() => Ok(0),
+            Remains::Nftables if kube_proxy_tables()?.is_none() => Ok(0),
             Remains::Nftables => Ok(Nftables::open()?.cleanup()?),
             Remains::KubeProxy => remove_kube_proxy(),
             Remains::Iptables(flavour) => {
@@ -324,9 +324,9 @@ pub fn remove_others(chosen: Interface, ipvs: &LeaveIpvs) -> Vec<(Remains, anyho
     all.map(|remains| (remains, remains.remove(Some(chosen), ipvs))).collect()
 }
 
-/// A kube-proxy that still runs makes them again.
+/// Removes what a kube-proxy in nftables mode left.
 fn remove_kube_proxy() -> anyhow::Result<usize> {
-    let families = tables_of(KUBE_PROXY_TABLE)?.unwrap_or_default();
+    let families = kube_proxy_tables()?.unwrap_or_default();
     if families.is_empty() {
         return Ok(0);
     }
@@ -335,16 +335,20 @@ fn remove_kube_proxy() -> anyhow::Result<usize> {
         batch.delete_table(*family, KUBE_PROXY_TABLE);
     }
     Kernel::open()?.commit(batch.finish())?;
+    tracing::warn!(
+        "there were tables of a kube-proxy in nftables mode, which are gone now; if it still runs it makes them again, \
+         and they translate the same addresses: end it"
+    );
     Ok(families.len())
 }
 
-/// The families that have a table of this name; `None` = this kernel has no nf_tables.
-fn tables_of(name: &str) -> Result<Option<Vec<nf_tables::Family>>, netlink::Error> {
+/// The families in which there is a table of a kube-proxy; `None` = this kernel has no nf_tables.
+fn kube_proxy_tables() -> Result<Option<Vec<nf_tables::Family>>, netlink::Error> {
     let look = || -> Result<_, netlink::Error> {
         let mut kernel = Kernel::open()?;
         let mut found = Vec::new();
         for family in [nf_tables::Family::Ipv4, nf_tables::Family::Ipv6] {
-            if nf_tables::table_exists(&mut kernel, family, name)? {
+            if nf_tables::table_exists(&mut kernel, family, KUBE_PROXY_TABLE)? {
                 found.push(family);
             }
         }
