@@ -7,12 +7,12 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use crate::lab::{Family, Lab, Place};
 use crate::load::Stream;
 use crate::product::{Mode, Product};
-use crate::traffic::{POD_PORT, Transport};
+use crate::traffic::{Conversation, Outcome, POD_PORT, Transport, probe};
 
 /// Node port of `web`.
 pub const WEB_NODE_PORT: u16 = 30080;
@@ -50,6 +50,39 @@ pub fn started(modes: &[Mode]) -> Result<Product> {
     let mut product = product(modes)?;
     product.start()?;
     Ok(product)
+}
+
+/// Connections that are open: who asked, where, and the connection.
+pub type Open = Vec<(Place, SocketAddr, Conversation)>;
+
+/// Connections to `web` in these families and to `roll`, from everywhere a client can be.
+pub fn conversations(product: &Product, families: &[Family]) -> Result<Open> {
+    let mut open = Vec::new();
+    for from in [Place::Pod(1, 1), Place::Node(1), Place::Outside] {
+        for to in families.iter().map(|family| web(*family)).chain([roll()]) {
+            open.push((from, to, Conversation::begin(&product.lab, from, to)?));
+        }
+    }
+    Ok(open)
+}
+
+/// Fails where one of them does not go on. `when`: for people.
+pub fn go_on(open: &mut Open, when: &str) -> Result<()> {
+    open.iter_mut()
+        .try_for_each(|(from, to, open)| open.go_on().with_context(|| format!("{from} -> {to}, {when}")))
+}
+
+/// Fails unless every one of some connections to `roll` is answered by this pod.
+pub fn only_answer(product: &Product, pod: Place) -> Result<()> {
+    for _ in 0..10 {
+        let outcome = probe(&product.lab, Place::Node(1), Transport::Tcp, roll())?;
+        ensure!(
+            matches!(outcome, Outcome::Answered { by, .. } if by == pod),
+            "expected an answer by {pod}: {outcome}\n{}",
+            product.logs()
+        );
+    }
+    Ok(())
 }
 
 fn web_manifest(pods: &BTreeSet<Place>) -> String {

@@ -163,18 +163,22 @@ impl KubeProxyCluster {
     }
 }
 
+impl Share<'_> {
+    /// Moves the marker's port, and waits until that is seen everywhere.
+    fn await_go(&mut self) -> Result<()> {
+        self.marker.port += 1;
+        self.cluster.runtime.block_on(self.marker.make())?;
+        self.cluster.wait_for(&self.marker)
+    }
+}
+
 impl Subject for Share<'_> {
     fn make(&mut self, objects: &str) -> Result<()> {
-        let cluster = self.cluster;
-        cluster.runtime.block_on(self.objects.make(objects))?;
+        self.cluster.runtime.block_on(self.objects.make(objects))?;
         self.marker.move_pod();
-        self.marker.move_port();
-        cluster.runtime.block_on(self.marker.make())?;
-        cluster.wait_for(&self.marker)?;
+        self.await_go()?;
         if KubeProxyCluster::modes().contains(&Mode::Ipvs) {
-            self.marker.move_port();
-            cluster.runtime.block_on(self.marker.make())?;
-            cluster.wait_for(&self.marker)?;
+            self.await_go()?;
         }
         Ok(())
     }
@@ -235,10 +239,6 @@ impl Marker {
             Family::V4 => format!("10.96.255.{}", self.number),
             Family::V6 => format!("fd00:96::ff{:02x}", self.number),
         }
-    }
-
-    fn move_port(&mut self) {
-        self.port += 1;
     }
 
     fn move_pod(&mut self) {

@@ -3,17 +3,15 @@
 //! any more. Needs root.
 #![allow(clippy::print_stdout, reason = "what was measured belongs in the report")]
 
-use std::net::SocketAddr;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use lockstep_integration::fixture::{self, product, roll, web};
+use lockstep_integration::fixture::{self, conversations, go_on, only_answer, product};
 use lockstep_integration::foreign::{self, has_rules_of, rules, rules_of_others, same};
 use lockstep_integration::guest::{self, bearable};
 use lockstep_integration::lab::{Family, Place};
 use lockstep_integration::load::Load;
-use lockstep_integration::product::{Mode, Product};
-use lockstep_integration::traffic::{Conversation, Outcome, Transport, probe};
+use lockstep_integration::product::Mode;
 
 /// Connections a second while the mode changes.
 const LOAD: u32 = 100;
@@ -60,7 +58,7 @@ fn goes_over(from: Mode, to: Mode) -> Result<()> {
         from.name()
     );
     only_answer(&product, Place::Pod(1, 2))?;
-    let mut open = conversations(&product)?;
+    let mut open = conversations(&product, &[Family::V4, Family::V6])?;
 
     product.agent(1)?.kill()?;
     product.set_mode(1, to);
@@ -78,36 +76,5 @@ fn goes_over(from: Mode, to: Mode) -> Result<()> {
     same(1, "after the switch", &others, &rules_of_others(&product, 1)?)?;
     let (report, _) = load.finish()?;
     ensure!(!report.answers.is_empty() && report.faults.is_empty(), "a gap: {:?}", report.faults);
-    Ok(())
-}
-
-type Open = Vec<(Place, SocketAddr, Conversation)>;
-
-/// Connections that the old mode has translated, from everywhere a client can be.
-fn conversations(product: &Product) -> Result<Open> {
-    let mut open = Vec::new();
-    for from in [Place::Pod(1, 1), Place::Node(1), Place::Outside] {
-        for to in [web(Family::V4), web(Family::V6), roll()] {
-            open.push((from, to, Conversation::begin(&product.lab, from, to)?));
-        }
-    }
-    Ok(open)
-}
-
-fn go_on(open: &mut Open, when: &str) -> Result<()> {
-    open.iter_mut()
-        .try_for_each(|(from, to, open)| open.go_on().with_context(|| format!("{from} -> {to}, {when}")))
-}
-
-/// Every one of some connections to `roll` is answered by this pod.
-fn only_answer(product: &Product, pod: Place) -> Result<()> {
-    for _ in 0..10 {
-        let outcome = probe(&product.lab, Place::Node(1), Transport::Tcp, roll())?;
-        ensure!(
-            matches!(outcome, Outcome::Answered { by, .. } if by == pod),
-            "expected an answer by {pod}: {outcome}\n{}",
-            product.logs()
-        );
-    }
     Ok(())
 }

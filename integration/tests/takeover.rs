@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use lockstep_integration::apiserver::Server;
-use lockstep_integration::fixture::{self, WEB_NODE_PORT, roll, web};
+use lockstep_integration::fixture::{self, WEB_NODE_PORT, conversations, go_on, only_answer, roll, web};
 use lockstep_integration::guest::{self, bearable};
 use lockstep_integration::kube_proxy;
 use lockstep_integration::lab::{Family, Place};
@@ -17,7 +17,7 @@ use lockstep_integration::load::Load;
 use lockstep_integration::objects::Objects;
 use lockstep_integration::product::{Mode, PATIENCE, Product, wait_until};
 use lockstep_integration::relay::Relay;
-use lockstep_integration::traffic::{Conversation, Outcome, Transport, probe};
+use lockstep_integration::traffic::{Outcome, Transport, probe};
 use tokio::runtime::Runtime;
 
 /// Connections a second while one goes and the other comes.
@@ -58,13 +58,7 @@ fn goes_over(from: Mode, to: Mode, runtime: &Runtime, server: &Server, objects: 
     programmed.with_context(|| theirs.log())?;
     ensure!(is_there(&product, from)?, "no rules of kube-proxy");
 
-    let mut open = Vec::new();
-    for place in [Place::Pod(1, 1), Place::Node(1), Place::Outside] {
-        let addresses = families.iter().map(|family| web(*family)).chain([roll()]);
-        for to in addresses.collect::<Vec<_>>() {
-            open.push((place, to, Conversation::begin(&product.lab, place, to)?));
-        }
-    }
+    let mut open = conversations(&product, families)?;
     let mut streams = fixture::streams_to_web(&product);
     streams.retain(|stream| families.iter().any(|family| stream.to.is_ipv6() == (*family == Family::V6)));
     let load = Load::start(&product.lab, streams, bearable(LOAD));
@@ -76,24 +70,12 @@ fn goes_over(from: Mode, to: Mode, runtime: &Runtime, server: &Server, objects: 
 
     let moved = fixture::roll_manifest(&[Place::Pod(1, 1)]);
     product.change(|product| product.write_manifest("roll.yaml", &moved))?;
-    for _ in 0..10 {
-        let outcome = probe(&product.lab, Place::Node(1), Transport::Tcp, roll())?;
-        ensure!(
-            matches!(outcome, Outcome::Answered { by, .. } if by == Place::Pod(1, 1)),
-            "expected an answer by n1p1: {outcome}\n{}",
-            product.logs()
-        );
-    }
+    only_answer(&product, Place::Pod(1, 1))?;
     go_on(&mut open, "after the endpoint left")?;
     ensure!(shares_rules(from, to) || !is_there(&product, from)?, "rules of kube-proxy are left");
     let (report, _) = load.finish()?;
     ensure!(!report.answers.is_empty() && report.faults.is_empty(), "a gap: {:?}", report.faults);
     Ok(())
-}
-
-fn go_on(open: &mut [(Place, SocketAddr, Conversation)], when: &str) -> Result<()> {
-    open.iter_mut()
-        .try_for_each(|(from, to, open)| open.go_on().with_context(|| format!("{from} -> {to}, {when}")))
 }
 
 /// True once every Service is answered in every way that is asked for later.
