@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crate::build::{self, Selection, Target, TestProgram};
 use crate::process::{Failure, broken, cargo, lines, output, root, run};
-use crate::summary::{Counter, Outcome, Summary};
+use crate::summary::{Counter, Failed, Outcome, Summary};
 use crate::{setup, tidy, vm};
 
 /// Something that can be tested alone.
@@ -213,7 +213,7 @@ pub(crate) fn bless() -> Result<(), Failure> {
         }
     }
     if !outcome.failed.is_empty() {
-        return broken(format!("not blessed, see above: {}", outcome.failed.join(", ")));
+        return broken(format!("not blessed, see above: {}", outcome.names().join(", ")));
     }
     println!("{} golden tests: their files are as the code is now; see git diff", outcome.passed);
     Ok(())
@@ -248,7 +248,7 @@ pub(crate) fn timed(
     let mut outcome = Outcome::default();
     if let Err(failure) = work(&mut outcome) {
         eprintln!("{name}: {failure}");
-        outcome.failed.push(failure.to_string());
+        outcome.failed.push(Failed::new(failure.to_string()));
     }
     summary.add(name, outcome, start.elapsed());
 }

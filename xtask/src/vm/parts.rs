@@ -335,12 +335,12 @@ mod tests {
              test result: FAILED. 1 passed; 1 failed; 0 ignored\n\nlockstep-vm: end 0 101\n",
         );
         assert_eq!(outcome.passed, 1);
-        assert_eq!(outcome.failed, ["lockstep-kernel ipvs, in the guest: b"]);
+        assert_eq!(outcome.names(), ["lockstep-kernel ipvs, in the guest: b"]);
     }
 
     #[test]
     fn a_program_that_a_guest_died_with_has_failed() {
         let outcome = outcome_of("lockstep-vm: begin 0\ntest a ... ok\n");
-        assert_eq!(outcome.failed, ["lockstep-kernel ipvs, in the guest: ended early"]);
+        assert_eq!(outcome.names(), ["lockstep-kernel ipvs, in the guest: ended early"]);
     }
 }
