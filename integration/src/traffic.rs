@@ -3,7 +3,9 @@
 
 use std::fmt;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -53,9 +55,22 @@ pub enum Outcome {
     Broken(String),
 }
 
+/// Who chooses the source port of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SourcePort {
+    /// The kernel, which gives one to several connections where they go to different addresses. IPVS
+    /// then cannot tell the answers of an endpoint apart, see `docs/parity.md`.
+    Any,
+    /// We do, and no other connection that goes on has it.
+    Unshared,
+}
+
+/// Ports that are ours to choose: below those of node ports and of the kernel's choice.
+const UNSHARED: Range<u16> = 10_000..30_000;
+
 /// One connection from `from`.
 pub fn probe(lab: &Lab, from: Place, transport: Transport, to: SocketAddr) -> Result<Outcome> {
-    lab.inside(from, || connect(transport, to))
+    probe_within(lab, from, transport, to, PATIENCE)
 }
 
 /// One connection from `from` that carries so many bytes there and back; TCP alone carries any.
@@ -80,7 +95,7 @@ pub fn probe_within(
     to: SocketAddr,
     patience: Duration,
 ) -> Result<Outcome> {
-    lab.inside(from, || connect_within(transport, to, patience))
+    lab.inside(from, || connect_from(SourcePort::Unshared, transport, to, patience))
 }
 
 /// One connection from the namespace of the caller.
@@ -88,12 +103,17 @@ pub(crate) fn connect(transport: Transport, to: SocketAddr) -> Outcome {
     connect_within(transport, to, PATIENCE)
 }
 
+/// The same, given up after `patience`, which is longer where the machine is slow.
 pub(crate) fn connect_within(transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
+    connect_from(SourcePort::Any, transport, to, patience)
+}
+
+fn connect_from(port: SourcePort, transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
     let patience = patient(patience);
     let answer = match transport {
-        Transport::Tcp => connect_tcp(to, patience).and_then(ask),
-        Transport::Sctp => connect_sctp(to, patience).and_then(ask),
-        Transport::Udp => ask_udp(to, patience),
+        Transport::Tcp => connect_tcp(port, to, patience).and_then(ask),
+        Transport::Sctp => connect_sctp(port, to, patience).and_then(ask),
+        Transport::Udp => ask_udp(port, to, patience),
     };
     outcome(answer)
 }
@@ -109,22 +129,52 @@ fn outcome(answer: std::io::Result<String>) -> Outcome {
     }
 }
 
-fn connect_tcp(to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&to, patience)?;
-    stream.set_read_timeout(Some(patience))?;
-    stream.set_write_timeout(Some(patience))?;
-    Ok(stream)
+/// A socket that has its source port, where that is ours to choose.
+fn socket(
+    port: SourcePort,
+    to: SocketAddr,
+    kind: Type,
+    protocol: Option<Protocol>,
+) -> std::io::Result<Socket> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let socket = Socket::new(Domain::for_address(to), kind, protocol)?;
+    if port == SourcePort::Unshared {
+        let any: IpAddr =
+            if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let next = || {
+            let turn = NEXT.fetch_add(1, Ordering::Relaxed) % u32::from(UNSHARED.end - UNSHARED.start);
+            UNSHARED.start + u16::try_from(turn).unwrap_or_default()
+        };
+        let mut bound = Err(ErrorKind::AddrInUse.into());
+        for _ in UNSHARED {
+            bound = socket.bind(&SocketAddr::new(any, next()).into());
+            // What else runs in the namespace has ports, too.
+            if !bound.as_ref().is_err_and(|error| error.kind() == ErrorKind::AddrInUse) {
+                break;
+            }
+        }
+        bound?;
+    }
+    Ok(socket)
 }
 
-/// SCTP has streams of messages in both directions, and an end: as long as a message is short, a
-/// TCP stream of this process behaves the same.
-fn connect_sctp(to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(sctp()))?;
-    refusals::hear(&socket, to.is_ipv6()).map_err(std::io::Error::other)?;
+fn connect_tcp(port: SourcePort, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+    connected(socket(port, to, Type::STREAM, None)?, to, patience)
+}
+
+fn connected(socket: Socket, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
     socket.connect_timeout(&to.into(), patience)?;
     socket.set_read_timeout(Some(patience))?;
     socket.set_write_timeout(Some(patience))?;
     Ok(socket.into())
+}
+
+/// SCTP has streams of messages in both directions, and an end: as long as a message is short, a
+/// TCP stream of this process behaves the same.
+fn connect_sctp(port: SourcePort, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+    let socket = socket(port, to, Type::STREAM, Some(sctp()))?;
+    refusals::hear(&socket, to.is_ipv6()).map_err(std::io::Error::other)?;
+    connected(socket, to, patience)
 }
 
 /// Its number, which the system's constants have on some machines only.
@@ -150,11 +200,11 @@ fn ask(mut stream: TcpStream) -> std::io::Result<String> {
 /// The question says how many bytes follow it; the answer is followed by the same.
 fn carry(to: SocketAddr, patience: Duration, bytes: usize) -> std::io::Result<String> {
     if bytes == 0 {
-        return ask(connect_tcp(to, patience)?);
+        return ask(connect_tcp(SourcePort::Unshared, to, patience)?);
     }
     // Before the connection: the server does not wait long for a question.
     let load: Vec<u8> = (0..bytes).map(|position| position.to_le_bytes()[1]).collect();
-    let mut stream = connect_tcp(to, patience)?;
+    let mut stream = connect_tcp(SourcePort::Unshared, to, patience)?;
     stream.write_all(format!("?{bytes}\n").as_bytes())?;
     stream.write_all(&load)?;
     let mut answer = Vec::new();
@@ -163,9 +213,8 @@ fn carry(to: SocketAddr, patience: Duration, bytes: usize) -> std::io::Result<St
     Ok(text.map_or_else(|| format!("{} other bytes for {bytes}", answer.len()), |text| text.into_owned()))
 }
 
-fn ask_udp(to: SocketAddr, patience: Duration) -> std::io::Result<String> {
-    let any: IpAddr = if to.is_ipv4() { [0, 0, 0, 0].into() } else { [0u16; 8].into() };
-    let socket = UdpSocket::bind((any, 0))?;
+fn ask_udp(port: SourcePort, to: SocketAddr, patience: Duration) -> std::io::Result<String> {
+    let socket = UdpSocket::from(socket(port, to, Type::DGRAM, None)?);
     socket.connect(to)?;
     socket.set_read_timeout(Some(patience))?;
     match socket.send(b"?") {
@@ -193,9 +242,8 @@ pub struct Conversation {
 impl Conversation {
     /// Connects from `from`, and is answered once.
     pub fn begin(lab: &Lab, from: Place, to: SocketAddr) -> Result<Self> {
-        let stream = lab.inside(from, || TcpStream::connect_timeout(&to, patient(PATIENCE)))?;
+        let stream = lab.inside(from, || connect_tcp(SourcePort::Unshared, to, patient(PATIENCE)))?;
         let stream = stream.with_context(|| format!("{from} -> {to}"))?;
-        stream.set_read_timeout(Some(patient(PATIENCE)))?;
         let mut this = Self { stream: BufReader::new(stream), with: from };
         this.with = this.exchange(STAY)?;
         Ok(this)

@@ -10,6 +10,7 @@ mod listeners;
 mod ports;
 mod restart;
 mod schedulers;
+mod shared_port;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
