@@ -52,7 +52,7 @@ impl Interface {
         match self {
             Interface::Nftables => false,
             Interface::Iptables(of) => of == flavour && lockstep_backend_iptables::is_chain(table, chain),
-            Interface::Ipvs(of) => of == flavour && lockstep_backend_ipvs::is_chain(table, chain),
+            Interface::Ipvs(of) => of == flavour && lockstep_backend_ipvs::is_written(table, chain),
         }
     }
 }

@@ -79,6 +79,8 @@ pub(crate) enum Fault {
     Netlink(#[from] netlink::Error),
     #[error(transparent)]
     Tool(#[from] ToolError),
+    #[error("{0}")]
+    Unbound(String),
 }
 
 /// From one rendering of a Service to another.
@@ -123,7 +125,8 @@ impl Ipvs {
             None => self.tables.device.others()?,
         };
         self.own = Some(own.clone());
-        Ok(Terms::new(&self.options.scheduler, &plan.node, own))
+        let families = self.chains.iter().map(|chains| chains.tool.family).collect();
+        Ok(Terms::new(&self.options.scheduler, families, &plan.node, own))
     }
 
     /// Changed Services only. Returns the objects written.
@@ -202,9 +205,14 @@ impl Ipvs {
         if refusals.iter().any(|refusal| disagrees(&requests, refusal)) {
             return Ok(None);
         }
-        let refused =
-            blame(&requests, &owners, &refusals, |at| steps.get(at).is_some_and(|step| !step.old.is_empty()));
-        self.tables.bind(&came.addresses, &[])?;
+        let had = |at| steps.get(at).is_some_and(|step: &Step| !step.old.is_empty());
+        let mut refused = blame(&requests, &owners, &refusals, had);
+        let unbindable = self.tables.bind(&came.addresses)?;
+        for (at, step) in steps.iter().enumerate().filter(|_| !unbindable.is_empty()) {
+            if let Some(left) = not_bound(&step.new, &unbindable) {
+                refused.entry(at).or_insert(LeftOut { previous_in_force: had(at), ..left });
+            }
+        }
 
         let (mut leaving, mut back) = (Vec::new(), Vec::new());
         // What each Service loses; of a Service that was refused what was written of it, and what
@@ -236,13 +244,16 @@ impl Ipvs {
         let keep = |key| whose.get(&key).map(|loss| loss.of_key(key)).unwrap_or_default();
         let removals = self.tables.quiesce(&leaving, keep, &suspects, Instant::now())?;
         losses.iter().for_each(|loss| self.tables.holdings.release(loss, &mut gone));
-        self.tables.bind(&[], &gone.addresses)?;
-        self.tables.commit_all(&removals, &suspects)?;
-        self.tables.withdraw(&gone.entries)?;
-
+        gone.addresses.retain(|ip| !unbindable.contains_key(ip));
+        self.tables.unbind(&gone.addresses)?;
         self.note(requests.iter().chain(&back).chain(&removals), &[&came, &gone]);
+        let gone_objects = gone.len();
+        let behind = self.tables.close(gone.entries)?;
+        self.tables.commit_all(&removals, &suspects)?;
+        self.tables.withdraw(&behind)?;
+
         self.note_keys(leaving.iter().map(|leaving| leaving.server.key));
-        let objects = requests.len() + back.len() + removals.len() + came.len() + gone.len();
+        let objects = requests.len() + back.len() + removals.len() + came.len() + gone_objects;
         for (at, step) in steps.iter().enumerate() {
             match refused.get(&at) {
                 Some(left) => self.leave_out(&step.key, left.clone()),
@@ -359,6 +370,13 @@ pub(crate) fn blame(
         });
     }
     blamed
+}
+
+/// Why a Service is not in force of which an address could not be bound; `None` = all could.
+pub(crate) fn not_bound(rendered: &Rendered, refused: &BTreeMap<IpAddr, Errno>) -> Option<LeftOut> {
+    let (ip, errno) = rendered.addresses.iter().find_map(|ip| Some((ip, refused.get(ip)?)))?;
+    let message = format!("bind {ip} to {}: {errno}", crate::names::DEVICE);
+    Some(LeftOut { kind: FailureKind::Kernel, message, previous_in_force: false })
 }
 
 /// An error with its causes.

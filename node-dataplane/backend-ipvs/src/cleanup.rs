@@ -18,6 +18,7 @@ use lockstep_kernel::ipvs::{self, Key, Request};
 use lockstep_kernel::{Errno, netlink};
 use lockstep_model::Family;
 use lockstep_xtables::{Flavour, Snapshot, Table, Tool, remove as remove_chains, remove_from};
+use rustc_hash::FxHashSet;
 
 use crate::backend::Fault;
 use crate::chains::Chains;
@@ -86,6 +87,9 @@ pub(crate) fn remove_from_tables(
         let standing = read(tables, exclude).map_err(Fault::from)?;
         if drain.is_some() {
             busy = busy_servers(tables, &standing).map_err(Fault::from)?;
+            // Where the new mode has no rule for it, nothing new goes to an endpoint that nobody looks after.
+            let quiet: Vec<Request> = busy.iter().flat_map(|key| standing.quiet(*key)).collect();
+            tables.remove(&quiet).map_err(Fault::from)?;
         }
         removed.objects += remove_servers(tables, &standing, &busy).map_err(Fault::from)?;
     }
@@ -140,7 +144,8 @@ pub(crate) fn remove_all(tables: &mut Tables, chains: &[Chains], exclude: &[IpNe
     for chains in chains {
         objects += remove_from(&chains.tool, &fixed::is_ours)?;
     }
-    tables.drains.clear();
+    tables.drains.restart();
+    tables.drains.restarted();
     Ok(objects + remove_sets(tables)?)
 }
 
@@ -166,7 +171,7 @@ fn read(tables: &mut Tables, exclude: &[IpNet]) -> Result<Standing, netlink::Err
     let own = tables.device.others()?;
     let mut standing = Standing::read(tables, &Family::ALL, own)?;
     let bound = standing.addresses.clone();
-    standing.read_servers(&mut *tables.servers, &bound, exclude)?;
+    standing.read_servers(&mut *tables.servers, &bound, &FxHashSet::default(), exclude)?;
     Ok(standing)
 }
 
@@ -195,7 +200,7 @@ fn remove_servers(
     if stay.is_empty() {
         objects += usize::from(tables.device.remove()?);
     } else {
-        tables.bind(&[], &gone)?;
+        tables.unbind(&gone)?;
     }
     let keys = standing.servers.keys().copied();
     let removals: Vec<Request> = keys.filter(|key| !stay.contains(key)).map(Request::Remove).collect();

@@ -19,6 +19,8 @@ pub(crate) type Target = (IpAddr, u16);
 #[derive(Debug)]
 pub(crate) struct Drains {
     of: BTreeMap<Key, Drain>,
+    /// When what stayed before everything is compared has to go, until it has been.
+    earlier: BTreeMap<(Key, Target), Instant>,
     limit: Duration,
 }
 
@@ -41,11 +43,20 @@ pub(crate) struct Ghost {
 impl Drains {
     /// `limit`: how long an endpoint may stay for its connections.
     pub(crate) fn new(limit: Duration) -> Self {
-        Self { of: BTreeMap::new(), limit }
+        Self { of: BTreeMap::new(), earlier: BTreeMap::new(), limit }
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.of.clear();
+    /// Nothing stays, until it is said again: then no longer than was said before.
+    pub(crate) fn restart(&mut self) {
+        for (key, drain) in std::mem::take(&mut self.of) {
+            let all = drain.targets.into_iter();
+            self.earlier.extend(all.map(|(target, end)| ((key, target), end)));
+        }
+    }
+
+    /// All that stays has been said.
+    pub(crate) fn restarted(&mut self) {
+        self.earlier.clear();
     }
 
     pub(crate) fn get(&self, key: Key) -> Option<&Drain> {
@@ -62,7 +73,8 @@ impl Drains {
     }
 
     pub(crate) fn begin(&mut self, key: Key, target: Target, now: Instant) {
-        self.of.entry(key).or_default().targets.entry(target).or_insert(now + self.limit);
+        let end = self.earlier.remove(&(key, target)).unwrap_or(now + self.limit);
+        self.of.entry(key).or_default().targets.entry(target).or_insert(end);
     }
 
     /// Nobody wants the virtual server any more; it has endpoints that stay.

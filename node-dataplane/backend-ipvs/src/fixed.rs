@@ -58,6 +58,12 @@ fn reject(family: Family) -> &'static str {
     }
 }
 
+/// True for the chains that this mode writes. In filter, kube-proxy has a chain for what the node itself
+/// sends, too: that goes when we take over from it.
+pub fn is_written(table: Table, chain: &str) -> bool {
+    is_ours(table, chain) && (table, chain) != (Table::Filter, names::OUT_FILTER)
+}
+
 /// True for the chains of this mode, some of which iptables mode has under the same name.
 pub fn is_ours(table: Table, chain: &str) -> bool {
     use names::{
@@ -249,11 +255,7 @@ impl Rules<'_> {
             format!("{NEW}{}-j DROP", self.to(Purpose::Drop)),
             format!("{NEW}{}-j {}", self.to(Purpose::DropExternal), names::FILTER_EXTERNAL),
         ];
-        for purpose in
-            [Purpose::LoadBalancer, Purpose::ClusterIp, Purpose::ExternalIp, Purpose::ExternalIpLocal]
-        {
-            rules.push(format!("{}-j RETURN", self.to(purpose)));
-        }
+        rules.extend(Purpose::LET_BY.map(|purpose| format!("{}-j RETURN", self.to(purpose))));
         rules.push(format!("-p tcp {}-j RETURN", self.set(Purpose::HealthCheck, "dst")));
         rules.push(format!("{NEW}{}-j {reject}", self.set(Purpose::Bound, "dst")));
         rules

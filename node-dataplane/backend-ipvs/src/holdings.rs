@@ -63,6 +63,17 @@ impl Holdings {
         self.entries.contains_key(&(set, entry))
     }
 
+    /// True where another network of the same address and port has this one in it.
+    pub(crate) fn covers(&self, set: Set, entry: Entry) -> bool {
+        let Entry::IpPortNet(ip, protocol, port, net) = entry else { return false };
+        self.entries.keys().any(|(other, held)| match held {
+            Entry::IpPortNet(of, by, at, wider) => {
+                *other == set && (*of, *by, *at) == (ip, protocol, port) && wider.contains(&net)
+            }
+            _ => false,
+        })
+    }
+
     pub(crate) fn has_address(&self, ip: IpAddr) -> bool {
         self.addresses.contains_key(&ip)
     }

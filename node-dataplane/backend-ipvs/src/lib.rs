@@ -44,6 +44,6 @@ mod tests;
 
 pub use backend::Ipvs;
 pub use cleanup::{Draining, Goes, NotRemoved, Removed, remove};
-pub use fixed::is_ours as is_chain;
+pub use fixed::{is_ours as is_chain, is_written};
 pub use open::Unusable;
 pub use options::{Options, SCHEDULERS};

@@ -7,7 +7,8 @@ use lockstep_model::{Family, Protocol};
 /// The interface that addresses of Services are bound to.
 pub(crate) const DEVICE: &str = "kube-ipvs0";
 
-/// What a set is for. One per family, whose name in IPv6 begins otherwise.
+/// What a set is for. One per family, whose name in IPv6 begins otherwise. In the order in which what
+/// belongs to one Service is entered; it is withdrawn the other way round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Purpose {
     /// Endpoints that can meet themselves as clients.
@@ -24,12 +25,12 @@ pub(crate) enum Purpose {
     LoadBalancer,
     /// Those that keep their client's address.
     LoadBalancerLocal,
-    /// Those that are closed to some sources.
-    Firewall,
-    /// The sources they are open to.
+    /// The sources that those are open to which are closed to some.
     SourceCidr,
     /// Those that are open to the node itself, which asks from the very address that it asks for.
     SourceIp,
+    /// Those that are closed to some sources. After what they are open to, which has to be there first.
+    Firewall,
     /// Node ports by number.
     NodePortTcp,
     /// Those that keep their client's address.
@@ -68,9 +69,9 @@ impl Purpose {
         Purpose::ExternalIpLocal,
         Purpose::LoadBalancer,
         Purpose::LoadBalancerLocal,
-        Purpose::Firewall,
         Purpose::SourceCidr,
         Purpose::SourceIp,
+        Purpose::Firewall,
         Purpose::NodePortTcp,
         Purpose::NodePortLocalTcp,
         Purpose::NodePortUdp,
@@ -134,6 +135,15 @@ impl Purpose {
             | Purpose::DropExternal => Kind::HashIpPort,
         }
     }
+
+    /// True where the rule for what is bound lets a packet by that is in the set.
+    pub(crate) fn lets_by(self) -> bool {
+        Self::LET_BY.contains(&self)
+    }
+
+    /// The sets that [`lets_by`](Self::lets_by) is true of, in the order of their rules.
+    pub(crate) const LET_BY: [Purpose; 4] =
+        [Purpose::LoadBalancer, Purpose::ClusterIp, Purpose::ExternalIp, Purpose::ExternalIpLocal];
 
     /// Where node ports of a protocol are, and those that keep their client's address.
     pub(crate) fn node_port(protocol: Protocol, keeps_client: bool) -> Self {

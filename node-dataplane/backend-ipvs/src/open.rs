@@ -1,5 +1,6 @@
 //! Opening the backend: what this kernel and its tools can do.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use lockstep_kernel::exec::Run;
@@ -31,6 +32,9 @@ pub enum Unusable {
     /// The kernel has no interface of type dummy.
     #[error("cannot make {DEVICE}: is the module dummy there?")]
     NoDevice(#[source] netlink::Error),
+    /// The interface takes no address of the family.
+    #[error("cannot bind an address to {DEVICE}: is net.ipv6.conf.{DEVICE}.disable_ipv6 0?")]
+    NoAddress(#[source] netlink::Error),
     /// The scheduler is not there, or a virtual server cannot be made with it.
     #[error(
         "cannot make a virtual server with scheduler {scheduler}: is the module ip_vs_{scheduler} there?"
@@ -142,6 +146,7 @@ fn try_out(
     family: Family,
     scheduler: &Arc<str>,
 ) -> Result<(Chains, bool), Unusable> {
+    try_device(tables, family)?;
     let no_scheduler = |source| Unusable::NoScheduler { scheduler: scheduler.to_string(), source };
     try_server(tables, family, scheduler, Protocol::Tcp).map_err(no_scheduler)?;
     let sctp = try_server(tables, family, scheduler, Protocol::Sctp).is_ok();
@@ -162,17 +167,43 @@ fn try_out(
     Ok((Chains::new(tool, able.random_fully), sctp))
 }
 
+/// Binds an address and takes it away again.
+fn try_device(tables: &mut Tables, family: Family) -> Result<(), Unusable> {
+    let made = tables.device.ensure().map_err(Unusable::NoDevice)?;
+    let refused = match scratch(family) {
+        Some(ip) => tables.device.change(&[ip], &[ip]).map_err(Unusable::NoAddress)?.pop(),
+        None => None,
+    };
+    if made {
+        tables.device.remove().map_err(Unusable::NoDevice)?;
+    }
+    match refused {
+        None => Ok(()),
+        Some((ip, errno)) => {
+            let request = format!("bind {ip}");
+            Err(Unusable::NoAddress(netlink::Error::Refused { request, message: None, errno }))
+        }
+    }
+}
+
+fn scratch(family: Family) -> Option<IpAddr> {
+    match family {
+        Family::V4 => SCRATCH[0].parse().ok(),
+        Family::V6 => SCRATCH[1].parse().ok(),
+    }
+}
+
 fn try_server(
     tables: &mut Tables,
     family: Family,
     scheduler: &Arc<str>,
     protocol: Protocol,
 ) -> Result<(), netlink::Error> {
-    let (address, netmask) = match family {
-        Family::V4 => (SCRATCH[0], u32::MAX),
-        Family::V6 => (SCRATCH[1], 128),
+    let netmask = match family {
+        Family::V4 => u32::MAX,
+        Family::V6 => 128,
     };
-    let Ok(address) = address.parse() else { return Ok(()) };
+    let Some(address) = scratch(family) else { return Ok(()) };
     let key = Key { protocol: number(protocol), address, port: SCRATCH_PORT };
     let server = VirtualServer { key, scheduler: Arc::clone(scheduler), flags: 0, timeout: 0, netmask };
     let requests = [Request::Add(server), Request::Remove(key)];

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use lockstep_kernel::ipvs::{Key, VirtualServer};
 use lockstep_kernel::netlink;
-use lockstep_model::Family;
+use lockstep_model::{Family, ServiceKey};
 use lockstep_view::backend::{Audit, Drift};
 
 use crate::backend::{Fault, Ipvs, Touched};
@@ -50,22 +50,25 @@ impl Ipvs {
             drift.extend(self.read_set(set)?);
         }
         drift.extend(self.read_list()?);
+        let mut last = None;
         for key in self.wanted_keys() {
-            drift.extend(self.read_server(key)?);
+            drift.extend(self.read_server(key, &mut last)?);
         }
         self.touched = Some(Touched::default());
         Ok(drift)
     }
 
     fn read_touched(&mut self, touched: &Touched) -> Result<Vec<Drift>, netlink::Error> {
-        let mut drift = Vec::new();
+        let (mut drift, mut last) = (Vec::new(), None);
         for key in &touched.keys {
-            drift.extend(self.read_server(*key)?);
+            drift.extend(self.read_server(*key, &mut last)?);
         }
         let mut wrong: BTreeMap<Set, usize> = BTreeMap::new();
         for (set, entry) in &touched.entries {
             let there = self.tables.sets.contains(set.name(), entry)?;
-            if there != self.tables.holdings.has(*set, *entry) {
+            let has = self.tables.holdings.has(*set, *entry);
+            // A single address is there for the kernel, too, where a network has it.
+            if there != has && !(there && self.tables.holdings.covers(*set, *entry)) {
                 *wrong.entry(*set).or_default() += 1;
             }
         }
@@ -146,18 +149,26 @@ impl Ipvs {
         self.options.exclude.iter().any(|range| range.contains(&key.address))
     }
 
-    /// One virtual server as it should be.
-    fn expected(&self, key: Key) -> Option<Server> {
-        let terms = self.terms.as_ref()?;
-        let plan = self.owners.get(&key).and_then(|owner| self.in_force.get(owner))?;
-        Rendered::new(plan, terms).ok()?.server(key).cloned()
+    /// One virtual server as it should be. `last`: what was rendered for the one before, which is
+    /// often of the same Service.
+    fn expected(&self, key: Key, last: &mut Option<(ServiceKey, Rendered)>) -> Option<Server> {
+        let (terms, owner) = (self.terms.as_ref()?, self.owners.get(&key)?);
+        if last.as_ref().is_none_or(|(of, _)| of != owner) {
+            let rendered = Rendered::new(self.in_force.get(owner)?, terms).ok()?;
+            *last = Some((owner.clone(), rendered));
+        }
+        last.as_ref()?.1.server(key).cloned()
     }
 
-    fn read_server(&mut self, key: Key) -> Result<Option<Drift>, netlink::Error> {
+    fn read_server(
+        &mut self,
+        key: Key,
+        last: &mut Option<(ServiceKey, Rendered)>,
+    ) -> Result<Option<Drift>, netlink::Error> {
         let drift =
             |fault: String| Some(Drift { object: format!("IPVS virtual server {}", text(key)), fault });
         let found = self.tables.servers.virtual_server(key)?;
-        let (wanted, targets) = match (self.expected(key), self.tables.drains.get(key)) {
+        let (wanted, targets) = match (self.expected(key, last), self.tables.drains.get(key)) {
             (Some(Server { server, targets }), _) => (server, targets),
             (None, Some(drain)) => match &drain.ghost {
                 Some(ghost) => (ghost.server.clone(), Vec::new()),
@@ -191,7 +202,7 @@ impl Ipvs {
     /// A further part of the whole.
     pub(crate) fn walk_on(&mut self, budget: Duration) -> Result<Audit, Fault> {
         let started = Instant::now();
-        let mut audit = Audit::default();
+        let (mut audit, mut last) = (Audit::default(), None);
         if self.terms.is_none() {
             return Ok(audit);
         }
@@ -215,7 +226,7 @@ impl Ipvs {
                 Walk::Servers(mut left) => match left.pop() {
                     // It may have gone since the walk began.
                     Some(key) => {
-                        audit.drift.extend(self.read_server(key)?);
+                        audit.drift.extend(self.read_server(key, &mut last)?);
                         Walk::Servers(left)
                     }
                     None => {

@@ -77,8 +77,8 @@ impl Rendered {
             }
         }
         if let Some(check) = &plan.health_check {
-            for family in Family::ALL {
-                this.enter(Purpose::HealthCheck, Entry::Port(check.port.get()), family);
+            for family in &terms.families {
+                this.enter(Purpose::HealthCheck, Entry::Port(check.port.get()), *family);
             }
         }
         this.servers.sort_by_key(|server| server.server.key);
@@ -97,24 +97,23 @@ impl Rendered {
             return Ok(());
         }
         let (at, protocol) = (frontend.port.get(), number(port.protocol));
-        let bound;
-        let addresses = match frontend.surface {
-            Surface::NodePort => terms.node_ports(port.family),
-            Surface::ClusterIp(ip) | Surface::ExternalIp(ip) | Surface::LoadBalancerIp(ip) => {
-                bound = [ip];
-                &bound
+        let addresses: Vec<IpAddr> = match frontend.surface {
+            Surface::NodePort => {
+                let all = terms.node_ports(port.family).iter().copied();
+                all.filter(|ip| !terms.taken.contains(&Key { protocol, address: *ip, port: at })).collect()
             }
+            Surface::ClusterIp(ip) | Surface::ExternalIp(ip) | Surface::LoadBalancerIp(ip) => vec![ip],
         };
         for purpose in purposes(frontend.surface, port.protocol, treatment) {
             if purpose.kind() == Kind::BitmapPort {
                 self.enter(purpose, Entry::Port(at), port.family);
                 continue;
             }
-            for ip in addresses {
+            for ip in &addresses {
                 self.enter(purpose, Entry::IpPort(*ip, protocol, at), port.family);
             }
         }
-        for ip in addresses.iter().copied() {
+        for ip in addresses {
             if let Some(sources) = &frontend.allowed_sources {
                 self.enter(Purpose::Firewall, Entry::IpPort(ip, protocol, at), port.family);
                 for source in sources.iter().flat_map(|source| networks(*source)) {
@@ -136,9 +135,6 @@ impl Rendered {
                 }
             };
             let key = Key { protocol, address: ip, port: at };
-            if frontend.surface == Surface::NodePort && terms.taken.contains(&key) {
-                continue;
-            }
             self.servers.push(Server { server: virtual_server(key, port, &terms.scheduler), targets });
         }
         Ok(())

@@ -15,7 +15,7 @@ use lockstep_view::ForwardingPlan;
 use lockstep_xtables::{Table, ToolError};
 use rustc_hash::FxHashSet;
 
-use crate::backend::{Fault, Ipvs, LeftOut, blame};
+use crate::backend::{Fault, Ipvs, LeftOut, blame, not_bound};
 use crate::chains::Chains;
 use crate::change::{self, Found};
 use crate::holdings::{Holdings, Moved};
@@ -41,9 +41,10 @@ impl Ipvs {
         (self.terms, self.touched) = (None, None);
         self.left_out.clear();
         self.in_force.clear();
-        self.owners.clear();
+        let ghosts = self.tables.drains.ghosts().map(|ghost| ghost.server.key);
+        let known: FxHashSet<Key> = self.owners.keys().copied().chain(ghosts).collect();
         self.tables.holdings = Holdings::default();
-        self.tables.drains.clear();
+        self.tables.drains.restart();
         let mut objects = usize::from(self.tables.device.ensure()?);
         let families: Vec<Family> = self.chains.iter().map(|chains| chains.tool.family).collect();
         objects += self.tables.make_sets(families.iter().copied().flat_map(Set::of_family))?;
@@ -66,7 +67,7 @@ impl Ipvs {
         }
         let holdings = &self.tables.holdings;
         let bound = standing.addresses.iter().copied().chain(holdings.addresses()).collect();
-        standing.read_servers(&mut *self.tables.servers, &bound, &self.options.exclude)?;
+        standing.read_servers(&mut *self.tables.servers, &bound, &known, &self.options.exclude)?;
         let mut kept: FxHashSet<Key> = FxHashSet::default();
         for (key, service, left) in unable {
             let stays = Rendered::new(service, &terms).unwrap_or_default();
@@ -100,8 +101,8 @@ impl Ipvs {
             }
         }
         for (key, found) in standing.servers.iter().filter(|(key, _)| !claimed.contains(*key)) {
-            if terms.is_of_another_node(key.address) {
-                // That node is not kept from its packets for as long as connections go on here.
+            if terms.is_of_another_node(key.address) || standing.is_nowhere(key.address) {
+                // Whoever has it is not kept from its packets for as long as connections go on here.
                 removals.push(Request::Remove(*key));
             } else {
                 leaving.extend(change::from_kernel(Some(found), None).leaving);
@@ -130,8 +131,22 @@ impl Ipvs {
         let has = |rendered: &Rendered| {
             rendered.servers.iter().any(|server| standing.servers.contains_key(&server.server.key))
         };
-        let refused =
+        let mut refused =
             blame(&requests, &owners, &refusals, |at| wanted.get(at).is_some_and(|(_, new)| has(new)));
+        let addresses = self.tables.holdings.addresses();
+        let unbound: Vec<IpAddr> =
+            addresses.iter().copied().filter(|ip| !standing.addresses.contains(ip)).collect();
+        let unbindable = self.tables.bind(&unbound)?;
+        let mut fault = None;
+        for (at, (_, rendered)) in wanted.iter().enumerate().filter(|_| !unbindable.is_empty()) {
+            let Some(left) = not_bound(rendered, &unbindable) else { continue };
+            if has(rendered) {
+                // It had that address. What else it has goes on.
+                fault = Some(left.message);
+            } else {
+                refused.entry(at).or_insert(left);
+            }
+        }
         let mut suspects = FxHashSet::default();
         for (at, left) in &refused {
             let Some((key, rendered)) = wanted.get(*at) else { continue };
@@ -144,10 +159,6 @@ impl Ipvs {
             }
             self.leave_out(key, left.clone());
         }
-        let addresses = self.tables.holdings.addresses();
-        let unbound: Vec<IpAddr> =
-            addresses.iter().copied().filter(|ip| !standing.addresses.contains(ip)).collect();
-        self.tables.bind(&unbound, &[])?;
         // From here on packets come to IPVS that another mode's rules translated so far.
         objects += self.write_chains(&terms, &[Table::Nat])?;
 
@@ -157,10 +168,11 @@ impl Ipvs {
             &FxHashSet::default(),
             Instant::now(),
         )?);
+        let bound_now =
+            standing.addresses.iter().chain(unbound.iter().filter(|ip| !unbindable.contains_key(ip)));
         let gone: Vec<IpAddr> =
-            standing.addresses.iter().copied().filter(|ip| !self.tables.holdings.has_address(*ip)).collect();
-        self.tables.bind(&[], &gone)?;
-        self.tables.commit_all(&removals, &suspects)?;
+            bound_now.copied().filter(|ip| !self.tables.holdings.has_address(*ip)).collect();
+        self.tables.unbind(&gone)?;
         let mut surplus: BTreeMap<Set, Vec<Entry>> = BTreeMap::new();
         let entered = lacking.iter().flat_map(|(set, entries)| entries.iter().map(|entry| (*set, *entry)));
         for (set, entry) in standing.entries.iter().copied().chain(entered) {
@@ -168,16 +180,24 @@ impl Ipvs {
                 surplus.entry(set).or_default().push(entry);
             }
         }
+        let withdrawn = surplus.values().map(Vec::len).sum::<usize>();
+        let surplus = self.tables.close(surplus)?;
+        self.tables.commit_all(&removals, &suspects)?;
         self.tables.withdraw(&surplus)?;
         objects += requests.len() + removals.len() + unbound.len() + gone.len();
-        objects += surplus.values().map(Vec::len).sum::<usize>();
+        objects += withdrawn;
 
+        self.owners.clear();
+        self.tables.drains.restarted();
         for (at, (key, rendered)) in wanted.iter().enumerate() {
             if !refused.contains_key(&at) {
                 self.own(key, rendered);
                 let plan = plan.services.get(*key).map(Arc::clone);
                 self.in_force.extend(plan.map(|plan| ((*key).clone(), plan)));
             }
+        }
+        if let Some(fault) = fault {
+            return Err(Fault::Unbound(fault));
         }
         self.terms = Some(terms);
         Ok(objects)
@@ -237,12 +257,14 @@ impl Standing {
         Ok(standing)
     }
 
-    /// Reads the virtual servers that are ours: by their address, where it is one of `bound`, or by
-    /// what is in our sets. The number of a node port says so at the node's own addresses only.
+    /// Reads the virtual servers that are ours: those that are `known`, by their address, where it is one
+    /// of `bound`, or by what is in our sets. The number of a node port says so at the node's own addresses
+    /// only.
     pub(crate) fn read_servers(
         &mut self,
         servers: &mut dyn lockstep_kernel::ipvs::Ipvs,
         bound: &BTreeSet<IpAddr>,
+        known: &FxHashSet<Key>,
         exclude: &[IpNet],
     ) -> Result<(), netlink::Error> {
         for server in servers.virtual_servers()? {
@@ -250,7 +272,9 @@ impl Standing {
             let excluded = exclude.iter().any(|range| range.contains(&key.address));
             let own = self.own.binary_search(&key.address).is_ok();
             let names = |(set, _): &(Set, Entry)| own || set.purpose.kind() != Kind::BitmapPort;
-            let ours = bound.contains(&key.address) || self.of_key(key).entries.iter().any(names);
+            let ours = known.contains(&key)
+                || bound.contains(&key.address)
+                || self.of_key(key).entries.iter().any(names);
             if excluded || !ours || !self.families.contains(&Family::of(key.address)) {
                 continue;
             }
@@ -258,6 +282,18 @@ impl Standing {
             self.servers.insert(key, Found { server, targets });
         }
         Ok(())
+    }
+
+    /// What ends new connections to a virtual server.
+    pub(crate) fn quiet(&self, key: Key) -> Vec<Request> {
+        let targets = self.servers.get(&key).map(|found| &found.targets[..]).unwrap_or_default();
+        let open = targets.iter().filter(|(_, weight)| weight.weight != 0);
+        open.map(|(target, _)| Request::SetReal(key, change::real(*target, 0))).collect()
+    }
+
+    /// True where the address is on no interface: the node has lost it.
+    fn is_nowhere(&self, ip: IpAddr) -> bool {
+        !self.addresses.contains(&ip) && self.own.binary_search(&ip).is_err()
     }
 
     /// What belongs to a virtual server, see [`Rendered::of_key`].

@@ -84,8 +84,8 @@ impl Tables {
         Ok(made)
     }
 
-    /// Adds entries; a set that has no room for them is made anew with more. `holdings` has them
-    /// already.
+    /// Adds entries, in the order of the sets; one that has no room for them is made anew with more.
+    /// `holdings` has them already.
     pub(crate) fn enter(&mut self, entries: &BTreeMap<Set, Vec<Entry>>) -> Result<(), Error> {
         for (set, entries) in entries {
             let (size, room) = (self.holdings.size(*set), self.rooms.get(set).copied().unwrap_or(ROOM));
@@ -117,9 +117,32 @@ impl Tables {
         self.sets.destroy(ANEW).map(drop)
     }
 
-    /// Takes entries away.
+    /// Takes entries away, in the opposite order.
     pub(crate) fn withdraw(&mut self, entries: &BTreeMap<Set, Vec<Entry>>) -> Result<(), Error> {
-        entries.iter().try_for_each(|(set, entries)| self.sets.change(set.name(), &[], entries))
+        entries.iter().rev().try_for_each(|(set, entries)| self.sets.change(set.name(), &[], entries))
+    }
+
+    /// Takes away of these what lets packets by to an address that stays bound, and returns the rest.
+    /// It is for before its virtual server goes: after that the node's own listeners would answer.
+    pub(crate) fn close(
+        &mut self,
+        entries: BTreeMap<Set, Vec<Entry>>,
+    ) -> Result<BTreeMap<Set, Vec<Entry>>, Error> {
+        let (mut first, mut rest) = (BTreeMap::new(), BTreeMap::new());
+        for (set, entries) in entries {
+            let stays_bound = |entry: &Entry| match entry {
+                Entry::IpPort(ip, ..) => set.purpose.lets_by() && self.holdings.has_address(*ip),
+                _ => false,
+            };
+            let (open, others): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(stays_bound);
+            for (part, entries) in [(&mut first, open), (&mut rest, others)] {
+                if !entries.is_empty() {
+                    part.insert(set, entries);
+                }
+            }
+        }
+        self.withdraw(&first)?;
+        Ok(rest)
     }
 
     /// Hands requests to the kernel, in order. What it refuses is left out.
@@ -134,15 +157,23 @@ impl Tables {
             .collect())
     }
 
-    /// Binds and unbinds addresses. Fails at the first that the kernel refuses.
-    pub(crate) fn bind(&mut self, add: &[IpAddr], remove: &[IpAddr]) -> Result<(), Error> {
-        if add.is_empty() && remove.is_empty() {
+    /// Binds addresses. Returns those that the kernel refuses.
+    pub(crate) fn bind(&mut self, addresses: &[IpAddr]) -> Result<BTreeMap<IpAddr, Errno>, Error> {
+        if addresses.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        Ok(self.device.change(addresses, &[])?.into_iter().collect())
+    }
+
+    /// Unbinds addresses. Fails at the first that the kernel refuses.
+    pub(crate) fn unbind(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+        if addresses.is_empty() {
             return Ok(());
         }
-        match self.device.change(add, remove)?.first() {
+        match self.device.change(&[], addresses)?.first() {
             None => Ok(()),
             Some((ip, errno)) => {
-                let request = format!("bind {ip} to {}", crate::names::DEVICE);
+                let request = format!("remove {ip} from {}", crate::names::DEVICE);
                 Err(Error::Refused { request, message: None, errno: *errno })
             }
         }
@@ -238,7 +269,7 @@ impl Tables {
                 removals.push(Request::Remove(*key));
             }
         }
-        self.bind(&[], &gone.addresses)?;
+        self.unbind(&gone.addresses)?;
         self.remove(&removals)?;
         self.withdraw(&gone.entries)?;
         Ok(removals.len())

@@ -16,6 +16,8 @@ pub(crate) struct Terms {
     pub(crate) scheduler: Arc<str>,
     pub(crate) mark: u32,
     pub(crate) pods: Option<PodSources>,
+    /// Those that work here.
+    pub(crate) families: Vec<Family>,
     /// Node ports answer at every local address.
     all_local: [bool; 2],
     /// Addresses of the node's other interfaces, sorted.
@@ -30,7 +32,12 @@ pub(crate) struct Terms {
 
 impl Terms {
     /// `own`: addresses of every interface but ours, sorted.
-    pub(crate) fn new(scheduler: &Arc<str>, node: &NodePlan, own: Vec<IpAddr>) -> Self {
+    pub(crate) fn new(
+        scheduler: &Arc<str>,
+        families: Vec<Family>,
+        node: &NodePlan,
+        own: Vec<IpAddr>,
+    ) -> Self {
         let all_local = Family::ALL.map(|family| *node.node_ports(family) == NodePortScope::AllLocal);
         let node_ports = Family::ALL.map(|family| {
             let usable = own.iter().copied().filter(|ip| Family::of(*ip) == family && is_usable(*ip));
@@ -43,7 +50,8 @@ impl Terms {
         let others = all.filter(|ip| own.binary_search(ip).is_err()).collect();
         let (scheduler, pods) = (Arc::clone(scheduler), node.pods.clone());
         let taken = Arc::default();
-        Self { scheduler, mark: node.masquerade_mark, pods, all_local, own, node_ports, others, taken }
+        let mark = node.masquerade_mark;
+        Self { scheduler, mark, pods, families, all_local, own, node_ports, others, taken }
     }
 
     /// Addresses that node ports of a family answer at.

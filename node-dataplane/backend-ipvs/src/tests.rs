@@ -28,6 +28,7 @@ use crate::tables::Tables;
 use crate::terms::Terms;
 use crate::{Ipvs, Options, fixed};
 
+mod faults;
 mod leaving;
 mod other_nodes;
 mod random;
@@ -501,10 +502,35 @@ fn an_address_that_the_node_gets_answers_on_node_ports() {
     assert!(backend.disturbed().unwrap());
     sync(&mut backend, &plan);
     assert!(kernel.targets(key("192.0.2.11", 30080)).is_some());
-    kernel.device.lock().others.retain(|other| *other != ip("192.0.2.11"));
+    let mut inside = kernel.device.lock();
+    inside.others.retain(|other| *other != ip("192.0.2.11"));
+    inside.news = true;
+    drop(inside);
+    kernel.connected(key("192.0.2.11", 30080), A, 1);
+    assert!(backend.disturbed().unwrap());
     sync(&mut backend, &plan);
-    // Whoever has it next has its node ports.
-    assert!(kernel.targets(key("192.0.2.11", 30080)).is_some());
+    // IPVS would take what this node sends to whoever has it next.
+    assert_eq!(kernel.targets(key("192.0.2.11", 30080)), None);
+    assert!(kernel.targets(key("192.0.2.10", 30080)).is_some());
+}
+
+#[test]
+fn link_local_addresses_come_and_go_with_pods_and_change_nothing() {
+    let kernel = Kernel::new();
+    let mut backend = kernel.start_with(Options { drain: Duration::from_secs(60), ..Options::default() });
+    let web = plan([simple("web", VIP, &[A])]);
+    sync(&mut backend, &web);
+    let mut inside = kernel.device.lock();
+    inside.others.push(ip("fe80::77"));
+    inside.news = true;
+    drop(inside);
+    assert!(!backend.disturbed().unwrap());
+    let requests = kernel.servers.lock().requests;
+    let both = plan([simple("web", VIP, &[A]), simple("other", "10.96.0.2", &[B])]);
+    let lists = kernel.sets.lock().lists;
+    apply(&mut backend, &both, &["other"]);
+    assert_eq!(kernel.servers.lock().requests - requests, 2, "no more than is new");
+    assert_eq!(kernel.sets.lock().lists, lists, "nothing is compared");
 }
 
 #[test]
@@ -544,7 +570,7 @@ fn golden(name: &str, text: &str) {
 fn golden_chains() {
     let text = |plan: &ForwardingPlan| {
         let own = ["127.0.0.1", "192.0.2.10", "fd00:2::10"].map(ip).to_vec();
-        let terms = Terms::new(&"rr".into(), &plan.node, own);
+        let terms = Terms::new(&"rr".into(), Family::ALL.to_vec(), &plan.node, own);
         let mut text = String::new();
         for family in Family::ALL {
             let FixedChains { chains, jumps, .. } = fixed::chains(&terms, family, true);

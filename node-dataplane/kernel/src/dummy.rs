@@ -11,8 +11,8 @@ mod tests;
 
 use std::net::IpAddr;
 
-use crate::Errno;
 use crate::netlink::{Error, Socket};
+use crate::{Errno, sysctl};
 
 /// `RTNLGRP_LINK`, `RTNLGRP_IPV4_IFADDR`, `RTNLGRP_IPV6_IFADDR`: all changes of links and addresses.
 const CHANGES: [libc::c_int; 3] = [1, 5, 9];
@@ -24,13 +24,16 @@ const TYPE: &str = "dummy";
 /// Implemented by [`Kernel`] and by [`fake::FakeDevice`]. Where an interface of its name is of
 /// another type, every call but `changed` fails with `EEXIST`.
 pub trait Device: Send {
-    /// Makes the device, down, where it is missing; true where it did.
+    /// Makes the device, down, where it is missing; true where it did. IPv6 is turned on at it, where
+    /// the kernel has IPv6 and lets it.
     fn ensure(&mut self) -> Result<bool, Error>;
 
-    /// Its addresses, sorted, without IPv6 link-local ones; `None` where there is no device.
+    /// Its addresses, sorted, without IPv6 link-local ones that the kernel makes by itself; `None` where
+    /// there is no device.
     fn addresses(&mut self) -> Result<Option<Vec<IpAddr>>, Error>;
 
-    /// The addresses of all other interfaces, sorted, each once.
+    /// The addresses of all other interfaces, sorted, each once, without IPv6 link-local ones: those are
+    /// no node's alone, and come and go with every pod.
     fn others(&mut self) -> Result<Vec<IpAddr>, Error>;
 
     /// Adds and then removes addresses; those that are there already, or are gone, are no errors.
@@ -53,6 +56,14 @@ pub struct Kernel {
     requests: Socket,
     changes: Socket,
     seq: u32,
+}
+
+/// An address of some interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Listed {
+    index: u32,
+    prefix: u8,
+    address: IpAddr,
 }
 
 /// What of this name there is.
@@ -89,8 +100,8 @@ impl Kernel {
         }
     }
 
-    /// All addresses with the indices of their interfaces.
-    fn list(&mut self) -> Result<Vec<(u32, IpAddr)>, Error> {
+    /// All addresses of all interfaces.
+    fn list(&mut self) -> Result<Vec<Listed>, Error> {
         self.requests.list("list addresses", &mut self.seq, message::put_list, message::read_address)
     }
 }
@@ -114,25 +125,36 @@ fn is_link_local(address: IpAddr) -> bool {
 
 impl Device for Kernel {
     fn ensure(&mut self) -> Result<bool, Error> {
+        let key = format!("net/ipv6/conf/{}/disable_ipv6", self.name);
         if self.index()?.is_some() {
+            // Where it cannot be, addresses are refused, which says so.
+            let _ = sysctl::ensure(&key, "0");
             return Ok(false);
         }
         let name = &self.name;
         let put = |out: &mut Vec<u8>, (): &(), seq| message::put_new_link(out, name, seq);
         let refused = self.requests.request_all(&mut self.seq, &[()], put)?.pop();
-        refused.map_or(Ok(true), |(_, refusal)| Err(refusal.of(format!("make {}", self.name))))
+        match refused {
+            None => {
+                let _ = sysctl::ensure(&key, "0");
+                Ok(true)
+            }
+            Some((_, refusal)) => Err(refusal.of(format!("make {}", self.name))),
+        }
     }
 
     fn addresses(&mut self) -> Result<Option<Vec<IpAddr>>, Error> {
         let Some(device) = self.index()? else { return Ok(None) };
-        let mine = self.list()?.into_iter().filter(|(index, _)| *index == device);
-        Ok(Some(sorted(mine.map(|(_, address)| address).filter(|address| !is_link_local(*address)))))
+        // Ours has a prefix of full length, whatever it is; the kernel's has not.
+        let made = |listed: &Listed| is_link_local(listed.address) && listed.prefix < 128;
+        let mine = self.list()?.into_iter().filter(|listed| listed.index == device && !made(listed));
+        Ok(Some(sorted(mine.map(|listed| listed.address))))
     }
 
     fn others(&mut self) -> Result<Vec<IpAddr>, Error> {
         let device = self.index()?;
-        let others = self.list()?.into_iter().filter(|(index, _)| Some(*index) != device);
-        Ok(sorted(others.map(|(_, address)| address)))
+        let others = self.list()?.into_iter().filter(|listed| Some(listed.index) != device);
+        Ok(sorted(others.map(|listed| listed.address).filter(|address| !is_link_local(*address))))
     }
 
     fn change(&mut self, add: &[IpAddr], remove: &[IpAddr]) -> Result<Vec<(IpAddr, Errno)>, Error> {

@@ -243,6 +243,10 @@ fn an_exception_is_no_entry_and_adding_it_makes_it_one() {
         // A single address counts as there where a network covers it.
         let single = Entry::IpPortNet(address(false, 1), TCP, 80, "192.0.2.9/32".parse().unwrap());
         assert!(kernel.contains("s", &single).unwrap());
+        let mut fake = FakeSets::default();
+        fake.create(&declared("s", Kind::HashIpPortNet, false)).unwrap();
+        fake.change("s", &[entry], &[]).unwrap();
+        assert!(fake.contains("s", &single).unwrap());
         assert!(run("ipset", "save s").ends_with(&format!("add s {entry}\n")));
     });
 }

@@ -109,6 +109,9 @@ fn a_mode_that_is_left_keeps_its_connections_and_nothing_else() {
     kernel.connected(key("192.0.2.10", 30080), A, 1);
     let mut left = leave(&kernel, Some(Duration::from_secs(60)), &["KUBE-MARK-MASQ"]).draining.unwrap();
     assert_eq!(left.left(), 2);
+    // What the new mode has no rule for goes to nobody, rather than to whoever was there once.
+    assert_eq!(kernel.weights(key(VIP, 80)), [0, 0]);
+    assert_eq!(kernel.weights(key("192.0.2.10", 30080)), [0]);
     assert_eq!(kernel.device.lock().addresses.clone().unwrap(), [ip(VIP)].into());
     let rules = || kernel.rules.rules();
     for gone in ["KUBE-SERVICES", "KUBE-PROXY-FIREWALL", "KUBE-IPVS-OUT-FILTER", "KUBE-CLUSTER-IP dst"] {

@@ -64,13 +64,13 @@ impl Device for FakeDevice {
         let mut inside = self.call()?;
         inside.lists += 1;
         let own = inside.addresses.as_ref();
-        Ok(own.map(|own| own.iter().copied().filter(|address| !is_link_local(*address)).collect()))
+        Ok(own.map(|own| own.iter().copied().collect()))
     }
 
     fn others(&mut self) -> Result<Vec<IpAddr>, Error> {
         let mut inside = self.call()?;
         inside.lists += 1;
-        Ok(sorted(inside.others.iter().copied()))
+        Ok(sorted(inside.others.iter().copied().filter(|address| !is_link_local(*address))))
     }
 
     fn change(&mut self, add: &[IpAddr], remove: &[IpAddr]) -> Result<Vec<(IpAddr, Errno)>, Error> {

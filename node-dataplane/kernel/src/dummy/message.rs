@@ -2,16 +2,17 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::{Found, TYPE};
+use super::{Found, Listed, TYPE};
 use crate::netlink::attr::{self, Attributes};
 use crate::netlink::{Message, put_message};
 
 /// Length of `struct ifinfomsg`, and the place of the index in it.
 const IFINFOMSG: usize = 16;
 const LINK_INDEX: usize = 4;
-/// Length of `struct ifaddrmsg`, and the place of the index in it.
+/// Length of `struct ifaddrmsg`, and the places of the index and the prefix length in it.
 const IFADDRMSG: usize = 8;
 const ADDRESS_INDEX: usize = 4;
+const ADDRESS_PREFIX: usize = 1;
 
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINKINFO: u16 = 18;
@@ -90,8 +91,8 @@ pub(super) fn put_list(out: &mut Vec<u8>, seq: u32) {
     });
 }
 
-/// An address and the index of its interface.
-pub(super) fn read_address(answer: &Message<'_>) -> Option<(u32, IpAddr)> {
+/// An address, how long its prefix is, and the index of its interface.
+pub(super) fn read_address(answer: &Message<'_>) -> Option<Listed> {
     if answer.kind != libc::RTM_NEWADDR {
         return None;
     }
@@ -103,5 +104,5 @@ pub(super) fn read_address(answer: &Message<'_>) -> Option<(u32, IpAddr)> {
         libc::AF_INET6 => Ipv6Addr::from(*value.first_chunk::<16>()?).into(),
         _ => return None,
     };
-    Some((index, address))
+    Some(Listed { index, prefix: *answer.payload.get(ADDRESS_PREFIX)?, address })
 }

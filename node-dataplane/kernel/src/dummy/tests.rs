@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::fake::FakeDevice;
-use super::{Device, message};
+use super::{Device, Listed, message};
 use crate::Errno;
 use crate::netlink::recorded::{bytes, plain, written};
 use crate::netlink::{Message, Messages};
@@ -18,11 +18,12 @@ fn an_address_is_read_as_the_kernel_writes_it_and_whatever_is_cut_short_is_none(
         let mut out = Vec::new();
         message::put_address(&mut out, 9, address, true, 7);
         let whole = Messages::of(&out).next().unwrap();
-        assert_eq!(message::read_address(&whole), Some((9, address)));
+        let listed = Listed { index: 9, prefix: if address.is_ipv4() { 32 } else { 128 }, address };
+        assert_eq!(message::read_address(&whole), Some(listed));
         // The address is there twice; half of it is enough.
         for end in 0..whole.payload.len() {
             let part = Message { payload: &whole.payload[..end], ..whole };
-            assert!(message::read_address(&part).is_none_or(|read| read == (9, address)));
+            assert!(message::read_address(&part).is_none_or(|read| read == listed));
         }
     }
 }

@@ -1,6 +1,4 @@
 //! Sets in memory: the same changes, the same refusals.
-//!
-//! What it does not model: that a single address counts as there where a network covers it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -105,6 +103,20 @@ impl Set {
     }
 }
 
+impl Set {
+    /// True for a single address that a network has in it: for the kernel it is there.
+    fn covers(&self, entry: &Entry) -> bool {
+        let Entry::IpPortNet(ip, protocol, port, net) = entry else { return false };
+        let wider = |held: &Entry| match held {
+            Entry::IpPortNet(of, by, at, wider) => {
+                (of, by, at) == (ip, protocol, port) && wider.contains(net)
+            }
+            _ => false,
+        };
+        net.prefix_len() == net.max_prefix_len() && self.entries.iter().any(wider)
+    }
+}
+
 fn address(entry: &Entry) -> Option<IpAddr> {
     match entry {
         Entry::Ip(address)
@@ -151,7 +163,7 @@ impl Sets for FakeSets {
         let mut inside = self.call()?;
         let refused = |errno| error(format!("test {entry} in ipset {name}"), errno);
         let set = inside.set(name).map_err(refused)?;
-        Ok(entry.stored().all(|stored| set.entries.contains(&stored)))
+        Ok(entry.stored().all(|stored| set.entries.contains(&stored) || set.covers(&stored)))
     }
 
     fn create(&mut self, declaration: &Declaration) -> Result<(), Error> {

@@ -75,15 +75,37 @@ fn other_interfaces_have_the_other_addresses() {
         run("ip", "link add eth0 type dummy");
         run("ip", "addr add 192.0.2.7/24 dev eth0");
         run("ip", "addr add 2001:db8::7/64 dev eth0 nodad");
+        run("ip", "addr add fe80::7/64 dev eth0 nodad");
         let (mine, theirs) = (address(false, 1), "192.0.2.7".parse().unwrap());
         device.change(&[mine, theirs], &[]).unwrap();
         assert_eq!(device.addresses().unwrap().unwrap(), [mine, theirs]);
         let others: Vec<_> = device.others().unwrap().iter().map(ToString::to_string).collect();
         assert_eq!(others, ["127.0.0.1", "192.0.2.7", "::1", "2001:db8::7"]);
+        // Link-local ones of ours are seen, those that come of the interface being up are not.
+        let local: IpAddr = "fe80::8".parse().unwrap();
+        device.change(&[local], &[]).unwrap();
+        run("ip", "addr add fe80::9/64 dev kube-ipvs0 nodad");
+        assert_eq!(device.addresses().unwrap().unwrap(), [mine, theirs, local]);
+        device.change(&[], &[local]).unwrap();
         // What somebody else bound with another prefix goes as well.
         run("ip", "addr add 198.51.100.1/24 dev kube-ipvs0");
         assert_eq!(device.change(&[], &["198.51.100.1".parse().unwrap()]).unwrap(), []);
         assert_eq!(device.addresses().unwrap().unwrap(), [mine, theirs]);
+    });
+}
+
+#[test]
+fn the_device_takes_addresses_of_ipv6_where_interfaces_are_made_without() {
+    device(|device| {
+        std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
+        assert!(device.ensure().unwrap());
+        assert_eq!(device.change(&[address(true, 1)], &[]).unwrap(), []);
+        // Turned off again, which takes the addresses.
+        std::fs::write("/proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6", "1").unwrap();
+        let refused = device.change(&[address(true, 1)], &[]).unwrap();
+        assert_eq!(refused, [(address(true, 1), Errno(libc::EACCES))]);
+        assert!(!device.ensure().unwrap());
+        assert_eq!(device.change(&[address(true, 1)], &[]).unwrap(), []);
     });
 }
 
