@@ -20,7 +20,7 @@ use lockstep_view::{
     ServicePlan, Surface, Target,
 };
 use lockstep_xtables::fake::Fake;
-use lockstep_xtables::{FixedChains, Flavour};
+use lockstep_xtables::{FixedChains, Flavour, Table};
 
 use crate::drain::Drains;
 use crate::names::{Purpose, Set};
@@ -555,6 +555,15 @@ fn an_external_address_of_the_node_comes_before_a_node_port() {
     assert_eq!(sync(&mut backend, &plan([by_port(), by_address()])).objects_changed, 0);
     apply(&mut backend, &plan([by_port()]), &["b"]);
     assert_eq!(names(), [(A.to_owned(), 1)]);
+}
+
+#[test]
+fn a_chain_that_kube_proxy_alone_writes_is_ours_to_remove() {
+    let terms = Terms::new(&"rr".into(), Family::ALL.to_vec(), &plan([]).node, Vec::new());
+    let FixedChains { chains, .. } = fixed::chains(&terms, Family::V4, true);
+    assert!(chains.iter().all(|(table, chain, _)| crate::is_written(*table, chain)));
+    let theirs = (Table::Filter, "KUBE-IPVS-OUT-FILTER");
+    assert!(crate::is_chain(theirs.0, theirs.1) && !crate::is_written(theirs.0, theirs.1));
 }
 
 fn golden(name: &str, text: &str) {
