@@ -17,6 +17,8 @@ use crate::product;
 
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
+/// What the kernel says of an address that somebody else listens at.
+const TAKEN: &str = "Address already in use";
 
 /// `lockstep-control-plane`, killed with this value.
 #[derive(Debug)]
@@ -32,14 +34,18 @@ impl ControlPlane {
     /// Starts it on loopback with these arguments beside its addresses, and waits until it
     /// listens; it may not serve state yet.
     pub async fn start(arguments: &[&str]) -> Result<Self> {
-        let mut this = Self {
-            child: None,
-            arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
-            grpc: free_address()?,
-            http: free_address()?,
-            directory: Directory::new("lockstep-control-plane-")?,
-        };
-        this.restart().await?;
+        /// Others look for free ports at the same time, and may find the same ones.
+        const TRIES: usize = 3;
+        let (mut tries, directory) = (1.., Directory::new("lockstep-control-plane-")?);
+        let [grpc, http] = free_addresses()?;
+        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        let mut this = Self { child: None, arguments, grpc, http, directory };
+        while let Err(error) = this.restart().await {
+            let retry = this.log().contains(TAKEN) && tries.next().is_some_and(|tried| tried < TRIES);
+            ensure!(retry, error);
+            fs::remove_file(this.log_path())?;
+            [this.grpc, this.http] = free_addresses()?;
+        }
         Ok(this)
     }
 
@@ -154,6 +160,9 @@ impl Drop for ControlPlane {
     }
 }
 
-fn free_address() -> Result<SocketAddr> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+/// Two different ones.
+fn free_addresses() -> Result<[SocketAddr; 2]> {
+    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+    let [one, other] = [bind()?, bind()?];
+    Ok([one.local_addr()?, other.local_addr()?])
 }

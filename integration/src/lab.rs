@@ -54,6 +54,8 @@ pub struct Lab {
     companion: Child,
     // Its end is what the companion waits for.
     alive: Option<ChildStdin>,
+    /// Source ports that clients were given so far.
+    pub(crate) source_ports: AtomicU32,
 }
 
 /// Pods of the cluster, both families.
@@ -88,7 +90,8 @@ impl Lab {
             .spawn()
             .context("start the shell that cleans up")?;
         let alive = companion.stdin.take();
-        let lab = Self { prefix, nodes, pods, directory, companion, alive };
+        let source_ports = AtomicU32::new(0);
+        let lab = Self { prefix, nodes, pods, directory, companion, alive, source_ports };
         lab.build().context("build the network (needs root, iproute2)")?;
         Ok(lab)
     }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -20,8 +20,11 @@ pub const POD_PORT: u16 = 8080;
 /// Port on which every pod answers just so.
 pub const OTHER_POD_PORT: u16 = 9090;
 
-/// How long an answer may take. A machine under load delays an answer, it does not lose it.
+/// How long an answer of a kernel may take, after which there is none. A machine under load delays an answer,
+/// it does not lose it.
 const PATIENCE: Duration = Duration::from_millis(1500);
+/// How long a program may take that has been reached: it answers, or something is wrong.
+const AT_MOST: Duration = Duration::from_secs(10);
 
 /// Transport of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
@@ -56,16 +59,17 @@ pub enum Outcome {
 }
 
 /// Who chooses the source port of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum SourcePort {
+#[derive(Debug, Clone, Copy)]
+enum SourcePort<'a> {
     /// The kernel, which gives one to several connections where they go to different addresses. IPVS
     /// then cannot tell the answers of an endpoint apart, see `docs/parity.md`.
     Any,
-    /// We do, and no other connection that goes on has it.
-    Unshared,
+    /// The network does: each connection of anybody there has another one, until there are no more. Nor does
+    /// one then meet what a kernel remembers of an earlier one.
+    Unshared(&'a Lab),
 }
 
-/// Ports that are ours to choose: below those of node ports and of the kernel's choice.
+/// Ports that a network gives: below those of node ports and of the kernel's choice.
 const UNSHARED: Range<u16> = 10_000..30_000;
 
 /// One connection from `from`.
@@ -73,7 +77,8 @@ pub fn probe(lab: &Lab, from: Place, transport: Transport, to: SocketAddr) -> Re
     probe_within(lab, from, transport, to, PATIENCE)
 }
 
-/// One connection from `from` that carries so many bytes there and back; TCP alone carries any.
+/// One connection from `from` that is to be answered, and carries so many bytes there and back; TCP alone
+/// carries any.
 pub fn probe_with(
     lab: &Lab,
     from: Place,
@@ -82,8 +87,11 @@ pub fn probe_with(
     bytes: usize,
 ) -> Result<Outcome> {
     match transport {
-        Transport::Tcp => lab.inside(from, || outcome(carry(to, patient(PATIENCE), bytes))),
-        Transport::Udp | Transport::Sctp => probe(lab, from, transport, to),
+        Transport::Tcp => {
+            lab.inside(from, || outcome(carry(SourcePort::Unshared(lab), to, patient(PATIENCE), bytes)))
+        }
+        Transport::Udp => probe_within(lab, from, transport, to, AT_MOST),
+        Transport::Sctp => probe(lab, from, transport, to),
     }
 }
 
@@ -95,7 +103,7 @@ pub fn probe_within(
     to: SocketAddr,
     patience: Duration,
 ) -> Result<Outcome> {
-    lab.inside(from, || connect_from(SourcePort::Unshared, transport, to, patience))
+    lab.inside(from, || connect_from(SourcePort::Unshared(lab), transport, to, patience))
 }
 
 /// One connection from the namespace of the caller.
@@ -108,7 +116,7 @@ pub(crate) fn connect_within(transport: Transport, to: SocketAddr, patience: Dur
     connect_from(SourcePort::Any, transport, to, patience)
 }
 
-fn connect_from(port: SourcePort, transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
+fn connect_from(port: SourcePort<'_>, transport: Transport, to: SocketAddr, patience: Duration) -> Outcome {
     let patience = patient(patience);
     let answer = match transport {
         Transport::Tcp => connect_tcp(port, to, patience).and_then(ask),
@@ -131,18 +139,18 @@ fn outcome(answer: std::io::Result<String>) -> Outcome {
 
 /// A socket that has its source port, where that is ours to choose.
 fn socket(
-    port: SourcePort,
+    port: SourcePort<'_>,
     to: SocketAddr,
     kind: Type,
     protocol: Option<Protocol>,
 ) -> std::io::Result<Socket> {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
     let socket = Socket::new(Domain::for_address(to), kind, protocol)?;
-    if port == SourcePort::Unshared {
+    if let SourcePort::Unshared(lab) = port {
         let any: IpAddr =
             if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         let next = || {
-            let turn = NEXT.fetch_add(1, Ordering::Relaxed) % u32::from(UNSHARED.end - UNSHARED.start);
+            let turn =
+                lab.source_ports.fetch_add(1, Ordering::Relaxed) % u32::from(UNSHARED.end - UNSHARED.start);
             UNSHARED.start + u16::try_from(turn).unwrap_or_default()
         };
         let mut bound = Err(ErrorKind::AddrInUse.into());
@@ -158,20 +166,20 @@ fn socket(
     Ok(socket)
 }
 
-fn connect_tcp(port: SourcePort, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+fn connect_tcp(port: SourcePort<'_>, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
     connected(socket(port, to, Type::STREAM, None)?, to, patience)
 }
 
 fn connected(socket: Socket, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
     socket.connect_timeout(&to.into(), patience)?;
-    socket.set_read_timeout(Some(patience))?;
-    socket.set_write_timeout(Some(patience))?;
+    socket.set_read_timeout(Some(patient(AT_MOST)))?;
+    socket.set_write_timeout(Some(patient(AT_MOST)))?;
     Ok(socket.into())
 }
 
 /// SCTP has streams of messages in both directions, and an end: as long as a message is short, a
 /// TCP stream of this process behaves the same.
-fn connect_sctp(port: SourcePort, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+fn connect_sctp(port: SourcePort<'_>, to: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
     let socket = socket(port, to, Type::STREAM, Some(sctp()))?;
     refusals::hear(&socket, to.is_ipv6()).map_err(std::io::Error::other)?;
     connected(socket, to, patience)
@@ -198,13 +206,13 @@ fn ask(mut stream: TcpStream) -> std::io::Result<String> {
 }
 
 /// The question says how many bytes follow it; the answer is followed by the same.
-fn carry(to: SocketAddr, patience: Duration, bytes: usize) -> std::io::Result<String> {
+fn carry(port: SourcePort<'_>, to: SocketAddr, patience: Duration, bytes: usize) -> std::io::Result<String> {
     if bytes == 0 {
-        return ask(connect_tcp(SourcePort::Unshared, to, patience)?);
+        return ask(connect_tcp(port, to, patience)?);
     }
     // Before the connection: the server does not wait long for a question.
     let load: Vec<u8> = (0..bytes).map(|position| position.to_le_bytes()[1]).collect();
-    let mut stream = connect_tcp(SourcePort::Unshared, to, patience)?;
+    let mut stream = connect_tcp(port, to, patience)?;
     stream.write_all(format!("?{bytes}\n").as_bytes())?;
     stream.write_all(&load)?;
     let mut answer = Vec::new();
@@ -213,7 +221,7 @@ fn carry(to: SocketAddr, patience: Duration, bytes: usize) -> std::io::Result<St
     Ok(text.map_or_else(|| format!("{} other bytes for {bytes}", answer.len()), |text| text.into_owned()))
 }
 
-fn ask_udp(port: SourcePort, to: SocketAddr, patience: Duration) -> std::io::Result<String> {
+fn ask_udp(port: SourcePort<'_>, to: SocketAddr, patience: Duration) -> std::io::Result<String> {
     let socket = UdpSocket::from(socket(port, to, Type::DGRAM, None)?);
     socket.connect(to)?;
     socket.set_read_timeout(Some(patience))?;
@@ -242,7 +250,7 @@ pub struct Conversation {
 impl Conversation {
     /// Connects from `from`, and is answered once.
     pub fn begin(lab: &Lab, from: Place, to: SocketAddr) -> Result<Self> {
-        let stream = lab.inside(from, || connect_tcp(SourcePort::Unshared, to, patient(PATIENCE)))?;
+        let stream = lab.inside(from, || connect_tcp(SourcePort::Unshared(lab), to, patient(PATIENCE)))?;
         let stream = stream.with_context(|| format!("{from} -> {to}"))?;
         let mut this = Self { stream: BufReader::new(stream), with: from };
         this.with = this.exchange(STAY)?;

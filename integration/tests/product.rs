@@ -128,7 +128,10 @@ fn rebooted_nodes_without_control_plane_program_their_last_state_and_say_it_is_s
             Ok(matches!(outcome, Outcome::Answered { .. }).then_some(()))
         })
         .with_context(|| product.logs())?;
-        ensure!(stale(&product, node)? == (true, true), "node{node} does not say that it is stale");
+        // The packet may be there before the rules have been read back, and until then it is not healthy.
+        wait_until(&format!("node{node} says that it is stale"), PATIENCE, || {
+            Ok(stale(&product, node).is_ok_and(|stale| stale == (true, true)).then_some(()))
+        })?;
         product.agent(node)?.wait_for_log("programming cached state from")?;
     }
     product.start_control_plane()?;

@@ -10,8 +10,9 @@ use crate::traffic::{OTHER_POD_PORT, POD_PORT, Transport};
 
 /// Services of a cluster.
 const SERVICES: u16 = 10;
-/// First node port that is given away.
-const NODE_PORTS: u16 = 30_200;
+/// First node port that is given away. The API server chooses none of the lowest 86 by itself, as it does for
+/// health checks.
+const NODE_PORTS: u16 = 30_000;
 
 /// A cluster.
 #[derive(Debug)]

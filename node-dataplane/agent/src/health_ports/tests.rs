@@ -41,9 +41,10 @@ fn plan(services: &[(&str, u16, usize)]) -> ForwardingPlan {
     ForwardingPlan { node, services: services.iter().map(service).collect() }
 }
 
-/// A port that is free now.
-fn free() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// Different ports that are free now.
+fn free<const COUNT: usize>() -> [u16; COUNT] {
+    let listeners = [(); COUNT].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    listeners.each_ref().map(|listener| listener.local_addr().unwrap().port())
 }
 
 /// Status line, headers in lower case, body.
@@ -81,7 +82,7 @@ impl Bench {
 
 #[test]
 fn any_path_and_method_is_answered_as_kube_proxy_does() {
-    let (mut bench, port) = (Bench::new(), free());
+    let (mut bench, [port]) = (Bench::new(), free());
     bench.all(&plan(&[("cart", port, 2)]));
     for request in ["GET /", "GET /healthz?x=1", "POST /any/where", "DELETE /"] {
         let (status, headers, body) = ask(port, request).unwrap();
@@ -103,7 +104,7 @@ fn any_path_and_method_is_answered_as_kube_proxy_does() {
 
 #[test]
 fn without_endpoints_or_a_healthy_proxy_it_is_503() {
-    let (mut bench, port) = (Bench::new(), free());
+    let (mut bench, [port]) = (Bench::new(), free());
     bench.all(&plan(&[("cart", port, 1)]));
     bench.some(&plan(&[("cart", port, 0)]), &["cart"]);
     let (status, headers, body) = ask(port, "GET /").unwrap();
@@ -121,7 +122,7 @@ fn without_endpoints_or_a_healthy_proxy_it_is_503() {
 
 #[test]
 fn servers_come_move_and_go_with_their_services() {
-    let (mut bench, one, two) = (Bench::new(), free(), free());
+    let (mut bench, [one, two]) = (Bench::new(), free());
     bench.all(&plan(&[("cart", one, 1)]));
     bench.some(&plan(&[("cart", two, 1)]), &["cart"]);
     assert!(ask(one, "GET /").is_err(), "the old port answers");
@@ -147,7 +148,7 @@ fn servers_come_move_and_go_with_their_services() {
 
 #[test]
 fn an_open_connection_ends_with_its_service() {
-    let (mut bench, port) = (Bench::new(), free());
+    let (mut bench, [port]) = (Bench::new(), free());
     bench.all(&plan(&[("cart", port, 1)]));
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     write!(stream, "GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
@@ -161,8 +162,8 @@ fn an_open_connection_ends_with_its_service() {
 
 #[test]
 fn a_port_that_is_taken_harms_nobody_else_and_is_tried_again() {
-    let (mut bench, free) = (Bench::new(), free());
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (mut bench, [free]) = (Bench::new(), free());
     let port = taken.local_addr().unwrap().port();
     bench.all(&plan(&[("cart", port, 1), ("till", free, 1)]));
     assert!(ask(free, "GET /").is_ok());
