@@ -10,7 +10,6 @@ use crate::change::reorder;
 use crate::contents::{Installed, pools_of};
 use crate::elements::Elements;
 use crate::layout::via;
-use crate::names::Via;
 use crate::sets::{Datum, Key, SetId};
 use crate::stage::Stage;
 
@@ -39,7 +38,7 @@ pub(crate) fn compare(
 /// Notes the serial numbers that are in use, so that none is given out twice.
 pub(crate) fn note_serials(stage: &mut Stage, observed: &Observed) {
     for ((_, set), elements) in observed {
-        if [Via::Address, Via::NodePort].map(SetId::affine_endpoints).contains(set) {
+        if set.is_affine() {
             elements.iter().for_each(|(key, _)| stage.serial_is_taken(key.last_number()));
         }
     }
@@ -100,7 +99,7 @@ fn held(port: &PortPlan, frontend: &Frontend, pool: Pool, observed: &Observed) -
     let at = |index| match find(SetId::serials(via, pool), &Key::endpoint(&key, index))? {
         Datum::Serial(serial) => {
             let by_serial = Key::affine_endpoint(&key, serial);
-            Some((target(find(SetId::affine_endpoints(via), &by_serial))?, Some(serial)))
+            Some((target(find(SetId::affine_endpoints(via, pool), &by_serial))?, Some(serial)))
         }
         _ => None,
     };

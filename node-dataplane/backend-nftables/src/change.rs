@@ -14,7 +14,6 @@ use smallvec::SmallVec;
 
 use crate::contents::{Installed, Members, frontend_elements, pool_elements, pools_of, verdict_elements};
 use crate::layout::via;
-use crate::names::Via;
 use crate::sets::{Datum, Key, SetId};
 use crate::stage::Stage;
 
@@ -291,7 +290,13 @@ fn stage_pool(
                 stage_edit(stage, port, frontend, &key, pool, (was, will), edit);
             }
             if affine && !edits.is_empty() {
-                stage_affine_endpoints(stage, family, via(frontend), &key, (was, will));
+                stage_affine_endpoints(
+                    stage,
+                    family,
+                    SetId::affine_endpoints(via(frontend), pool),
+                    &key,
+                    (was, will),
+                );
             }
         }
         (true, false) => pool_elements(frontend, &key, pool, was, &mut |set, key, datum| {
@@ -332,11 +337,10 @@ fn stage_edit(
 fn stage_affine_endpoints(
     stage: &mut Stage,
     family: Family,
-    via: Via,
+    set: SetId,
     key: &Key,
     (was, will): (Members<'_>, Members<'_>),
 ) {
-    let set = SetId::affine_endpoints(via);
     let (removed, added) = difference(was.sorted, will.sorted);
     for target in removed {
         if let Some(serial) = was.serial(&target) {

@@ -175,7 +175,7 @@ pub(crate) fn pool_elements(
             Some(serial) => {
                 each(SetId::serials(via, pool), &Key::endpoint(key, index), Datum::Serial(serial));
                 let key = Key::affine_endpoint(key, serial);
-                each(SetId::affine_endpoints(via), &key, Datum::Target(*target));
+                each(SetId::affine_endpoints(via, pool), &key, Datum::Target(*target));
             }
         }
     }

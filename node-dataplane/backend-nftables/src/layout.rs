@@ -161,7 +161,7 @@ fn targets(via: Via, Choice { pool, count, affinity }: Choice) -> Vec<Vec<Clause
         return vec![vec![Clause::TranslateBy { set: SetId::endpoints(via, pool), count }]];
     };
     let map = SetId::affinity(via);
-    let translate = Clause::Translate { map: SetId::affine_endpoints(via) };
+    let translate = Clause::Translate { map: SetId::affine_endpoints(via, pool) };
     vec![
         // Has one, which is there: the time begins anew.
         vec![Clause::TakeSerial { map, count }, Clause::Remember { map, seconds }, translate.clone()],

@@ -194,6 +194,10 @@ pub(crate) fn remembered(
                         (element.bytes().and_then(read_serial), element.lifetime)
                     && let Some(key) = Key::read(element.key)
                 {
+                    // A packet sets what is left, by the time of its rule, and not the time in all, which may
+                    // be shorter; and the kernel takes no element with more left than there is in all.
+                    let Lifetime { timeout, left } = lifetime;
+                    let lifetime = Lifetime { timeout: timeout.max(left), left };
                     all.insert((family, set, key), Remembered { serial, lifetime });
                 }
             })?;

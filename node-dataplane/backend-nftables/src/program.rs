@@ -252,7 +252,8 @@ impl<N: Netfilter> Nftables<N> {
         match self.netfilter.commit(self.batch.finish()) {
             Ok(()) => {
                 self.generation = self.generation.map(next_generation);
-                Ok(())
+                // At once: what is not heard until then counts as changes to our tables.
+                self.netfilter.listen(true).map_err(|error| Fault::Whole(error.into()))
             }
             Err(CommitError::Link(error)) => Err(Fault::Whole(error.into())),
             Err(CommitError::Refused(refusals)) => {

@@ -26,7 +26,9 @@ pub(crate) enum SetId {
     NodeSerials,
     LocalNodeSerials,
     AffineEndpoints,
+    LocalAffineEndpoints,
     AffineNodeEndpoints,
+    LocalAffineNodeEndpoints,
     Affinity,
     NodeAffinity,
     Hairpin,
@@ -38,7 +40,7 @@ pub(crate) enum SetId {
 }
 
 impl SetId {
-    pub(crate) const ALL: [SetId; 22] = [
+    pub(crate) const ALL: [SetId; 24] = [
         SetId::Frontends,
         SetId::NodePorts,
         SetId::Endpoints,
@@ -52,7 +54,9 @@ impl SetId {
         SetId::NodeSerials,
         SetId::LocalNodeSerials,
         SetId::AffineEndpoints,
+        SetId::LocalAffineEndpoints,
         SetId::AffineNodeEndpoints,
+        SetId::LocalAffineNodeEndpoints,
         SetId::Affinity,
         SetId::NodeAffinity,
         SetId::Hairpin,
@@ -78,7 +82,9 @@ impl SetId {
             SetId::NodeSerials => "node_serials",
             SetId::LocalNodeSerials => "local_node_serials",
             SetId::AffineEndpoints => "affine_endpoints",
+            SetId::LocalAffineEndpoints => "local_affine_endpoints",
             SetId::AffineNodeEndpoints => "affine_node_endpoints",
+            SetId::LocalAffineNodeEndpoints => "local_affine_node_endpoints",
             SetId::Affinity => "affinity",
             SetId::NodeAffinity => "node_affinity",
             SetId::Hairpin => "hairpin",
@@ -126,12 +132,21 @@ impl SetId {
         }
     }
 
-    /// The map of endpoints by serial number for a kind of frontend.
-    pub(crate) fn affine_endpoints(via: Via) -> Self {
-        match via {
-            Via::Address => SetId::AffineEndpoints,
-            Via::NodePort => SetId::AffineNodeEndpoints,
+    /// The map of endpoints by serial number for a kind of frontend and a pool: whoever was given an
+    /// endpoint of the one is not sent there by the other.
+    pub(crate) fn affine_endpoints(via: Via, pool: Pool) -> Self {
+        match (via, pool) {
+            (Via::Address, Pool::Cluster) => SetId::AffineEndpoints,
+            (Via::Address, Pool::Local) => SetId::LocalAffineEndpoints,
+            (Via::NodePort, Pool::Cluster) => SetId::AffineNodeEndpoints,
+            (Via::NodePort, Pool::Local) => SetId::LocalAffineNodeEndpoints,
         }
+    }
+
+    /// True for those.
+    pub(crate) fn is_affine(self) -> bool {
+        let pools = |via| [Pool::Cluster, Pool::Local].map(|pool| Self::affine_endpoints(via, pool));
+        [Via::Address, Via::NodePort].into_iter().flat_map(pools).any(|affine| affine == self)
     }
 
     /// What clients have been given, for a kind of frontend.
@@ -187,7 +202,9 @@ impl SetId {
             | SetId::NodeEndpoints
             | SetId::LocalNodeEndpoints
             | SetId::AffineEndpoints
-            | SetId::AffineNodeEndpoints => Data::Fields(&TARGET),
+            | SetId::LocalAffineEndpoints
+            | SetId::AffineNodeEndpoints
+            | SetId::LocalAffineNodeEndpoints => Data::Fields(&TARGET),
             SetId::Serials
             | SetId::LocalSerials
             | SetId::NodeSerials
@@ -211,8 +228,12 @@ impl SetId {
             | SetId::LocalNodeEndpoints
             | SetId::NodeSerials
             | SetId::LocalNodeSerials => &[Field::L4Proto, Field::Dport, Field::Index],
-            SetId::AffineEndpoints => &[Field::Daddr, Field::L4Proto, Field::Dport, Field::Serial],
-            SetId::AffineNodeEndpoints => &[Field::L4Proto, Field::Dport, Field::Serial],
+            SetId::AffineEndpoints | SetId::LocalAffineEndpoints => {
+                &[Field::Daddr, Field::L4Proto, Field::Dport, Field::Serial]
+            }
+            SetId::AffineNodeEndpoints | SetId::LocalAffineNodeEndpoints => {
+                &[Field::L4Proto, Field::Dport, Field::Serial]
+            }
             SetId::Affinity => &[Field::Saddr, Field::Daddr, Field::L4Proto, Field::Dport],
             SetId::NodeAffinity => &[Field::Saddr, Field::L4Proto, Field::Dport],
             SetId::Hairpin => &[Field::Saddr, Field::Daddr],

@@ -3,9 +3,8 @@
 //! Foreign changes are told by the kernel's generation, which every transaction of anybody
 //! raises by one. Where it moved further than our own transactions did, the notifications
 //! say whether one of our tables is concerned. Listening costs the kernel work on every
-//! change, so the listener leaves its group before we commit and joins again when asked
-//! next; what happens in between is caught by the generation alone and counts as ours to
-//! look at.
+//! change, so the listener leaves its group before we commit and joins again after that;
+//! what happens in between is caught by the generation alone and counts as ours to look at.
 
 use std::time::{Duration, Instant};
 

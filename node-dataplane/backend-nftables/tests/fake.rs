@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use lockstep_backend_nftables::Nftables;
 use lockstep_kernel::Errno;
 use lockstep_kernel::nf_tables::fake::{FakeKernel, Fault};
-use lockstep_kernel::nf_tables::{Batch, Chain, Family};
+use lockstep_kernel::nf_tables::{Batch, Chain, Family, Lifetime};
 use lockstep_model::Protocol;
 use lockstep_view::backend::FailureKind;
 use lockstep_view::{Backend, ForwardingPlan};
@@ -328,6 +328,22 @@ fn sticky(n: u8, pods: &[u8]) -> std::sync::Arc<lockstep_view::ServicePlan> {
     let mut service = (*small(n, pods)).clone();
     service.ports[0].affinity_seconds = Some(60);
     std::sync::Arc::new(service)
+}
+
+#[test]
+fn a_client_whose_time_was_made_longer_does_not_keep_tables_from_being_made_anew() {
+    let mut plan = plan([sticky(1, &[1, 2])]);
+    let mut backend = synced(&plan);
+    let serial = serials(&mut backend, 1)[&1].to_ne_bytes();
+    let client = [&[10, 9, 9, 9], &endpoint_key(1, 0)[..12]].concat();
+    let lifetime = Lifetime { timeout: 60_000, left: 3_600_000 };
+    backend.netfilter_mut().learn((Family::Ipv4, "lockstep", "affinity"), &client, &serial, lifetime);
+    // More than the sets have room for.
+    let many: Vec<u8> = (0..=255).collect();
+    plan.services.extend((2..8).map(|n| small(n, &many)).map(|service| (service.key.clone(), service)));
+    assert_eq!(backend.sync(&plan).unwrap().failures, []);
+    let clients = backend.netfilter_mut().elements(Family::Ipv4, "lockstep", "affinity");
+    assert!(clients.contains_key(&client));
 }
 
 /// Serial numbers of a Service's endpoints, by pod.

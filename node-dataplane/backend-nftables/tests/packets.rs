@@ -404,6 +404,61 @@ fn time_frees_a_client_and_every_connection_begins_it_anew() {
     });
 }
 
+/// The kernel sets what is left of a client's time, and not the time in all.
+#[test]
+fn a_longer_time_does_not_keep_tables_from_being_made_anew() {
+    let with = |seconds| {
+        let port = one("", vec![to_pod(1), to_pod(2)], vec![cluster_ip("10.96.0.5", 80)]);
+        plan([service("sticky", vec![affine(port, seconds)])])
+    };
+    on_node(&with(60), |world, backend| {
+        let first = who(world.client.dial("10.96.0.5:80"));
+        backend.apply(&with(10_800), &[key("sticky")]).unwrap();
+        assert_eq!(who(world.client.dial("10.96.0.5:80")), first);
+        // More than the sets have room for.
+        let many = (0..1_500_u16).map(|n| target(&format!("10.9.{}.{}", n / 250, n % 250), 8080)).collect();
+        let many = service("many", vec![one("", many, vec![cluster_ip("10.96.0.6", 80)])]);
+        let mut anew = with(10_800);
+        anew.services.insert(many.key.clone(), many);
+        assert_eq!(backend.sync(&anew).unwrap().failures, []);
+        assert_eq!(backend.verify().unwrap(), []);
+        for _ in 0..24 {
+            assert_eq!(who(world.client.dial("10.96.0.5:80")), first);
+        }
+    });
+}
+
+/// What a client was given when any endpoint was right is not right where only those of the node are.
+#[test]
+fn a_client_is_not_sent_to_an_endpoint_that_its_pool_has_not() {
+    let addresses = ["192.168.9.1:30005", "203.0.113.5:80"];
+    let with = |cluster: &[u8], elsewhere| {
+        let at = |surface, number| external_local(surface, number, elsewhere);
+        let frontends =
+            vec![at(Surface::NodePort, 30005), at(Surface::LoadBalancerIp(ip("203.0.113.5")), 80)];
+        let mut port = affine(one("", cluster.iter().map(|pod| to_pod(*pod)).collect(), frontends), 3600);
+        port.local = vec![to_pod(1)];
+        plan([service("sticky", vec![port])])
+    };
+    let (everywhere, here) = (forward(Pool::Cluster, true), forward(Pool::Local, false));
+    for restarts in [false, true] {
+        on_node(&with(&[2], everywhere), |world, backend| {
+            assert_eq!(addresses.map(|address| who(world.client.dial(address))), [ip("10.244.2.1"); 2]);
+            let local = with(&[1, 2], here);
+            if restarts {
+                assert_eq!(Nftables::open().unwrap().sync(&local).unwrap().failures, []);
+            } else {
+                backend.apply(&local, &[key("sticky")]).unwrap();
+                assert_eq!(backend.verify().unwrap(), []);
+            }
+            let lost = "table ip lost { chain c { type filter hook forward priority 0; ip daddr 10.244.2.2 drop; }; }";
+            run("nft", &[lost]);
+            let own = Ok(ip("192.168.9.2"));
+            assert_eq!(addresses.map(|address| world.client.dial(address)), [own; 2]);
+        });
+    }
+}
+
 #[test]
 fn affinity_leaves_no_priority_behind() {
     let port = one("", vec![to_pod(2)], vec![cluster_ip("fd00:96::5", 80)]);

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::batch::put_message;
-use super::{CommitError, Dumped, Expression, Netfilter, Verdict};
+use super::{CommitError, Dumped, Expression, Lifetime, Netfilter, Verdict};
 use crate::Errno;
 use crate::netlink::attr::{self, Attributes};
 use crate::netlink::{Error, Message, Messages, Refusal};
@@ -87,6 +87,17 @@ impl FakeKernel {
     pub fn elements(&self, family: super::Family, table: &str, set: &str) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let table = self.tables.get(&(family as u8, table.to_owned()));
         table.and_then(|table| table.sets.get(set)).map(|set| set.elements.clone()).unwrap_or_default()
+    }
+
+    /// What a packet taught a map of this: it may have more time left than there is in all, as a kernel leaves
+    /// it where the time of a rule was made longer.
+    pub fn learn(&mut self, map: (super::Family, &str, &str), key: &[u8], data: &[u8], lifetime: Lifetime) {
+        let (family, table, set) = map;
+        let table = self.tables.get_mut(&(family as u8, table.to_owned()));
+        let Some(set) = table.and_then(|table| table.sets.get_mut(set)) else { return };
+        let mut element = Vec::new();
+        super::put_passing(&mut element, key, data, lifetime);
+        set.elements.insert(key.to_owned(), element.split_off(attr::HEADER));
     }
 
     /// Somebody else's transaction.
@@ -201,6 +212,9 @@ impl FakeKernel {
         }
         if let Some((_, errno)) = self.refused.iter().find(|(refused, _)| *refused == decoded.key) {
             return Err(*errno);
+        }
+        if decoded.lifetime.is_some_and(|lifetime| lifetime.left > lifetime.timeout) {
+            return Err(Errno(libc::ERANGE));
         }
         if set.elements.len() >= set.size {
             return Err(Errno::NFILE);
