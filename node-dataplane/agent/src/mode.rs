@@ -204,7 +204,7 @@ fn choose_auto(flavour: IptablesFlavour) -> anyhow::Result<Chosen> {
         }
         Err(error) => error,
     };
-    let chosen = iptables(flavour)
+    let chosen = unless_locked(|| iptables(flavour))
         .with_context(|| format!("no mode works on this node: nftables: {error:#}; iptables"))?;
     let version = chosen.backend.describe().version;
     tracing::warn!(mode = "iptables", version, "chosen, because nftables does not work: {error:#}");

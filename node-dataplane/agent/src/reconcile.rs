@@ -440,12 +440,12 @@ impl Reconciler {
             tracing::warn!(why, "giving the connection up");
             self.lost();
         }
-        if let Some(addresses) = self.new_addresses.as_mut().and_then(|new| new()) {
-            self.view.set_interface_addresses(addresses);
-            if self.session.position().is_some() {
-                self.pending.wait(now);
-                self.pending.node = true;
-            }
+        let addresses = self.new_addresses.as_mut().and_then(|new| new());
+        if addresses.is_some_and(|addresses| self.view.set_interface_addresses(addresses))
+            && self.session.position().is_some()
+        {
+            self.pending.wait(now);
+            self.pending.node = true;
         }
         if self.heed_complaints(now) {
             self.mirror();

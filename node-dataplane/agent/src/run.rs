@@ -149,7 +149,6 @@ fn new_addresses(view_config: &ViewConfig) -> anyhow::Result<Option<NewAddresses
         match news {
             Ok(list) => {
                 due = false;
-                // A pod's link has a link-local address of its own; most news is of nothing else.
                 let list = list.filter(|list| known.as_ref() != Some(list))?;
                 known = Some(list.clone());
                 Some(list)

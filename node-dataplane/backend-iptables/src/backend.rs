@@ -64,8 +64,11 @@ impl Iptables {
                     let features = features.into_iter().filter_map(|(feature, can)| can.then_some(feature));
                     families.push(FamilyState::new(tool, abilities, features.collect(), liberal));
                 }
-                (Err(error), Family::V4) => return Err(error),
-                (Err(error), Family::V6) => tracing::warn!(%error, "IPv4 only: ip6tables does not work"),
+                // A lock that is held says nothing about what works.
+                (Err(error), family) if family == Family::V4 || matches!(error, ToolError::Locked { .. }) => {
+                    return Err(error);
+                }
+                (Err(error), _) => tracing::warn!(%error, "IPv4 only: ip6tables does not work"),
             }
         }
         let watch = Watch::new(flavour, &names::TABLES, concerns_us);
@@ -77,6 +80,17 @@ impl Iptables {
     /// The flavour in use.
     pub fn flavour(&self) -> Flavour {
         self.flavour
+    }
+
+    /// Lets every family write, at the same time, unless one would wait for the lock of the other, which
+    /// the tools of a flavour share; results in the families' order.
+    fn write<T: Send>(&mut self, work: impl Fn(&mut FamilyState) -> T + Sync) -> Vec<(Family, T)> {
+        match self.flavour {
+            Flavour::Legacy => {
+                self.families.iter_mut().map(|state| (state.tool.family, work(state))).collect()
+            }
+            Flavour::Nft => self.each(work),
+        }
     }
 
     /// Lets every family work at the same time; results in the families' order.
@@ -98,7 +112,7 @@ impl Iptables {
         })
     }
 
-    /// One answer of the families' answers: an error only where nothing at all was written.
+    /// One answer of the families' answers: an error only where none could do what it had to.
     fn applied(
         &mut self,
         doing: &str,
@@ -117,13 +131,14 @@ impl Iptables {
             }
         }
         let objects_changed = results.iter().filter_map(|(_, result)| result.as_ref().ok()).sum();
+        let none = results.iter().all(|(_, result)| result.is_err());
         for (family, result) in results {
             let Err(error) = result else { continue };
             let doing = format!("iptables {} {family:?}: {doing}", self.flavour);
-            if objects_changed == 0 {
+            if none {
                 return Err(BackendError { doing, source: Box::new(error) });
             }
-            // The other family is written.
+            // The other family is as it should be.
             let Some(state) = self.families.iter().find(|state| state.tool.family == family) else {
                 continue;
             };
@@ -210,14 +225,14 @@ impl Backend for Iptables {
     }
 
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {
-        let results = self.each(|state| state.sync(plan));
+        let results = self.write(|state| state.sync(plan));
         self.watch.settle();
         self.applied("sync", plan, results)
     }
 
     fn apply(&mut self, plan: &ForwardingPlan, changed: &[ServiceKey]) -> Result<Applied, BackendError> {
         let foreign = self.watch.look();
-        let results = self.each(|state| state.apply(plan, changed));
+        let results = self.write(|state| state.apply(plan, changed));
         let commits = self.families.iter().map(|state| state.commits).sum();
         if self.watch.settle_beside(commits) || foreign {
             self.watch.suspect();
@@ -256,6 +271,10 @@ impl Backend for Iptables {
     fn read_back_later(&mut self) -> bool {
         self.families.iter_mut().for_each(|state| state.unread = true);
         true
+    }
+
+    fn is_whole(&self) -> bool {
+        self.families.iter().all(|state| state.terms.is_some())
     }
 
     fn disturbed(&mut self) -> Result<bool, BackendError> {

@@ -24,7 +24,8 @@ const FEW: usize = 2_000;
 /// write deleted.
 pub(crate) fn read_back(state: &FamilyState, gone: bool) -> Result<Vec<Drift>, ToolError> {
     let touched = state.touched.as_ref();
-    if touched.is_some_and(is_nothing) {
+    // What could not be written is told as failures of Services, and may not be readable either.
+    if state.terms.is_none() || touched.is_some_and(is_nothing) {
         return Ok(Vec::new());
     }
     if let Some(touched) = touched.filter(|_| gone && state.tool.flavour == Flavour::Nft)

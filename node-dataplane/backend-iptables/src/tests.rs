@@ -373,7 +373,16 @@ fn what_one_family_owes_is_said_until_it_is_written() {
         let changed = change(&mut plan, index);
         assert_eq!(services(backend.apply(&plan, &changed).unwrap()), owed);
     }
+    // The other family has nothing to write, and is as it should be.
+    let none: [ServiceKey; 0] = [];
+    assert_eq!(services(backend.apply(&plan, &none).unwrap()), ["s1", "s2"]);
+    assert!(backend.is_whole());
     // A comparison with everything that failed leaves nothing of the family known.
+    for _ in 0..2 {
+        assert_eq!(services(backend.sync(&plan).unwrap()), ["s1", "s2"]);
+        assert_eq!(backend.verify().unwrap(), []);
+        assert!(!backend.is_whole());
+    }
     change(&mut plan, 3);
     assert_eq!(services(backend.sync(&plan).unwrap()), ["s1", "s2", "s3"]);
     let changed = change(&mut plan, 4);
@@ -382,6 +391,11 @@ fn what_one_family_owes_is_said_until_it_is_written() {
     let changed = change(&mut plan, 4);
     assert_eq!(services(backend.apply(&plan, &changed).unwrap()), Vec::<String>::new());
     assert_eq!(backend.verify().unwrap(), []);
+    assert!(backend.is_whole());
+    // Who starts while the lock is held does not do without the family from then on.
+    fake.lock_v6(true);
+    let run = Arc::clone(&fake) as Arc<dyn Run>;
+    assert!(matches!(Iptables::open(run, Flavour::Nft), Err(lockstep_xtables::ToolError::Locked { .. })));
 }
 
 #[test]

@@ -100,6 +100,8 @@ impl Ipvs {
                     chains.push(one);
                     sctp &= has_sctp;
                 }
+                // A lock that is held says nothing about what works.
+                Err(error @ Unusable::Tool { source: ToolError::Locked { .. }, .. }) => return Err(error),
                 Err(error) if family == Family::V4 => return Err(error),
                 Err(error) => {
                     let error = crate::backend::error_text(&error);

@@ -45,6 +45,12 @@ pub trait Backend {
         false
     }
 
+    /// False while nothing of a family that it programs could be written, though another's could: what
+    /// `verify` reads is then not all that should be there, and rules of other modes are still needed.
+    fn is_whole(&self) -> bool {
+        true
+    }
+
     /// True where something that was not this backend may have changed its kernel objects
     /// since the last call. Cheap: called several times a second. May err towards true.
     fn disturbed(&mut self) -> Result<bool, BackendError>;

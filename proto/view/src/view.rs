@@ -80,10 +80,12 @@ impl View {
     }
 
     /// Takes the addresses of the node's interfaces, for node ports that are restricted to
-    /// CIDRs; the next [`update`](Self::update) uses them.
-    pub fn set_interface_addresses(&mut self, addresses: Vec<IpAddr>) {
+    /// CIDRs; the next [`update`](Self::update) uses them. True where it has a use for them: most that
+    /// come and go are those of pods.
+    pub fn set_interface_addresses(&mut self, addresses: Vec<IpAddr>) -> bool {
         self.interfaces = addresses;
         self.refresh();
+        self.node_changed
     }
 
     fn refresh(&mut self) {

@@ -276,7 +276,9 @@ impl Reconciler {
     /// Once what the backend wrote has been read back, the rules of other modes go: not before,
     /// so that there is no gap, and not after the ack, which would not be true.
     fn remove_others(&mut self) -> Result<(), String> {
-        let Some(remove) = &mut self.remove_others else { return Ok(()) };
+        let Some(remove) = self.remove_others.as_mut().filter(|_| self.backend.is_whole()) else {
+            return Ok(());
+        };
         if self.outdated {
             // They may be newer than what was programmed just now.
             return Err(
