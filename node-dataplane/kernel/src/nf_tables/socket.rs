@@ -20,6 +20,32 @@ impl Kernel {
         let changes = Socket::open(libc::NETLINK_NETFILTER)?;
         Ok(Self { socket, changes, listening: false })
     }
+
+    /// After a call that failed: answers that are still to come must not be taken for answers to the next.
+    fn renewed<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
+        if matches!(result, Err(Error::Call { .. })) {
+            self.socket = Socket::open(libc::NETLINK_NETFILTER)?;
+        }
+        result
+    }
+
+    fn answers(
+        &mut self,
+        requests: &[u8],
+        count: usize,
+        each: &mut dyn FnMut(Message<'_>),
+    ) -> Result<(), Error> {
+        self.socket.send(requests)?;
+        let mut answers = 0;
+        while answers < count {
+            let Some(messages) = self.socket.receive(true)? else { continue };
+            for message in messages {
+                answers += 1;
+                each(message);
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Netfilter for Kernel {
@@ -46,20 +72,13 @@ impl Netfilter for Kernel {
     }
 
     fn dump(&mut self, request: &[u8], each: &mut dyn FnMut(Message<'_>)) -> Result<Dumped, Error> {
-        self.socket.dump("dump", request, each)
+        let dumped = self.socket.dump("dump", request, each);
+        self.renewed(dumped)
     }
 
     fn ask(&mut self, requests: &[u8], count: usize, each: &mut dyn FnMut(Message<'_>)) -> Result<(), Error> {
-        self.socket.send(requests)?;
-        let mut answers = 0;
-        while answers < count {
-            let Some(messages) = self.socket.receive(true)? else { continue };
-            for message in messages {
-                answers += 1;
-                each(message);
-            }
-        }
-        Ok(())
+        let answered = self.answers(requests, count, each);
+        self.renewed(answered)
     }
 
     fn listen(&mut self, on: bool) -> Result<(), Error> {

@@ -27,6 +27,8 @@ pub(super) struct Inside {
     pub(super) disturbed: bool,
     /// So many read-backs see something else.
     pub(super) misread: u32,
+    /// A family could not be written.
+    pub(super) in_part: bool,
     /// Objects that another mode has left.
     pub(super) others: usize,
     /// So many times they cannot be removed.
@@ -152,6 +154,10 @@ impl Backend for FakeBackend {
             return Ok(vec![Drift { object: "fake".to_owned(), fault: "misread on purpose".to_owned() }]);
         }
         Ok(kernel.drift())
+    }
+
+    fn is_whole(&self) -> bool {
+        !self.0.lock().in_part
     }
 
     fn read_back_later(&mut self) -> bool {

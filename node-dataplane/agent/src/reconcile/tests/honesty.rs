@@ -130,6 +130,21 @@ fn rules_of_another_mode_go_after_the_read_back_and_before_it_counts_as_verified
 }
 
 #[test]
+fn rules_of_another_mode_stay_while_a_family_is_without_ours() {
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.kernel.lock().others = 7;
+    bench.kernel.lock().in_part = true;
+    bench.connect();
+    assert_eq!(bench.kernel.lock().calls, ["sync", "verify"]);
+    assert_eq!((bench.last_ack().outcome(), bench.kernel.lock().others), (v1::Outcome::Verified, 7));
+    bench.kernel.lock().in_part = false;
+    bench.server.service(1, 2);
+    bench.update();
+    assert_eq!(bench.kernel.lock().others, 0);
+}
+
+#[test]
 fn rules_of_another_mode_that_stay_are_not_verified_and_are_tried_again() {
     let mut bench = Bench::new();
     bench.server.service(1, 1);
