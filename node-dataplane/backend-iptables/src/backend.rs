@@ -226,7 +226,10 @@ impl Backend for Iptables {
 
     fn sync(&mut self, plan: &ForwardingPlan) -> Result<Applied, BackendError> {
         let results = self.write(|state| state.sync(plan));
-        self.watch.settle();
+        // Where nothing was written, nobody reads back: what others do meanwhile is still to be seen.
+        if results.iter().any(|(_, result)| !matches!(result, Ok(0))) {
+            self.watch.settle();
+        }
         self.applied("sync", plan, results)
     }
 

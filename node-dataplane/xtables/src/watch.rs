@@ -1,8 +1,8 @@
 //! Cheap signs that somebody else changed the tables.
 //!
 //! nft: the generation counter, which every transaction of anybody raises, and then the
-//! kernel's messages about it: only what touches chains that concern the user counts. Where messages
-//! were lost everything counts. legacy: size and number of entries of each table and the extent of its
+//! kernel's messages about it: only what touches chains that concern the user counts, and in those of all
+//! only rules that lead to ours. Where messages were lost everything counts. legacy: size and number of entries of each table and the extent of its
 //! built-in chains, which a flush and nearly every edit changes. The kernel counts no changes there and
 //! sends no messages. An edit within other chains that keeps size and number is found by the audit.
 
@@ -165,7 +165,11 @@ const NEW_GENERATION: u16 = 15;
 const CHAINS: [u16; 2] = [3, 5];
 const RULES: [u16; 2] = [6, 8];
 
-/// True for a message about a chain that concerns the user, or about a table of its own as a whole.
+/// How the names of all chains begin that are written through this crate.
+const OURS: &str = "KUBE-";
+
+/// True for a message about a chain that concerns the user, or about a table of its own as a whole. Of the
+/// rules in a chain that is not ours only those that lead to one that is.
 fn is_concerned(tables: &[Table], concerns: fn(Table, &str) -> bool, kind: u16, payload: &[u8]) -> bool {
     let attributes = Attributes::of(payload.get(4..).unwrap_or_default());
     let text = |kind| attributes.get(kind).map(|name| name.text());
@@ -176,5 +180,8 @@ fn is_concerned(tables: &[Table], concerns: fn(Table, &str) -> bool, kind: u16, 
         kind if RULES.contains(&kind) => text(2),
         _ => None,
     };
-    chain.is_none_or(|chain| concerns(table, chain))
+    let leads_to_ours = || payload.windows(OURS.len()).any(|part| part == OURS.as_bytes());
+    // Pods that come and go have rules of others in chains that belong to all, and those are no matter of ours.
+    let matters = |chain: &str| !RULES.contains(&kind) || chain.starts_with(OURS) || leads_to_ours();
+    chain.is_none_or(|chain| concerns(table, chain) && matters(chain))
 }

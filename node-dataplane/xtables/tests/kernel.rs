@@ -129,5 +129,22 @@ fn damage_is_seen_and_mended() {
             assert!(!watch.look());
             assert_eq!(fixed.read_back(&tool).unwrap(), [], "{damage}");
         }
+        // Of what happens in chains of all, what others have there for their pods is no sign.
+        sh(&format!("iptables-{flavour} -t nat -A POSTROUTING -s 10.244.0.8 -j MASQUERADE"));
+        let mut watch = Watch::new(flavour, &Table::ALL, |_, _| true);
+        watch.settle();
+        let legacy = flavour == Flavour::Legacy;
+        for (line, is_sign) in [
+            ("-t nat -A POSTROUTING -s 10.244.0.9 -j MASQUERADE", legacy),
+            ("-t nat -D POSTROUTING -s 10.244.0.9 -j MASQUERADE", legacy),
+            ("-t filter -D INPUT -j KUBE-NODE-PORT", true),
+        ] {
+            sh(&format!("iptables-{flavour} {line}"));
+            assert_eq!(watch.look(), is_sign, "{line}");
+        }
+        fixed.ensure(&tool).unwrap();
+        watch.settle();
+        sh(&format!("iptables-{flavour} -t filter -F INPUT"));
+        assert!(watch.look(), "our jump is gone");
     });
 }
