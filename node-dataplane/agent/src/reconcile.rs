@@ -52,6 +52,8 @@ const MERGE: usize = 64;
 
 /// What is done from time to time is done no more often than this, however busy the loop is.
 const CHORES_EVERY: Duration = Duration::from_millis(100);
+/// Rules of other modes stay so long for a family that cannot be written.
+const KEEP_OTHERS: Duration = Duration::from_secs(60);
 /// Names that no resource uses any more are dropped this often.
 const SHRINK_EVERY: Duration = Duration::from_secs(600);
 /// After a pass over everything, or over so many Services in any number of passes, memory is
@@ -114,6 +116,8 @@ pub struct Reconciler {
     backend: Box<dyn Backend + Send>,
     /// `None` = no other mode has rules of ours any more.
     remove_others: Option<RemoveOthers>,
+    /// They stay, because a family could not be written, since then.
+    others_kept_since: Option<Instant>,
     new_addresses: Option<NewAddresses>,
     session: Session,
     view: View,
@@ -229,6 +233,7 @@ impl Reconciler {
         Self {
             backend: parts.backend,
             remove_others: parts.remove_others,
+            others_kept_since: None,
             new_addresses: parts.new_addresses,
             session,
             view,

@@ -10,7 +10,7 @@ use lockstep_model::ServiceKey;
 use lockstep_view::Changed;
 use lockstep_view::backend::{Applied, BackendError, Drift};
 
-use super::{GIVE_BACK_AFTER, GIVE_BACK_FROM, Pending, Reconciler, pace};
+use super::{GIVE_BACK_AFTER, GIVE_BACK_FROM, KEEP_OTHERS, Pending, Reconciler, pace};
 use crate::metrics::{Changes, Phase};
 
 /// A read-back that differs this many times in a row, each time after comparing everything, is
@@ -276,9 +276,16 @@ impl Reconciler {
     /// Once what the backend wrote has been read back, the rules of other modes go: not before,
     /// so that there is no gap, and not after the ack, which would not be true.
     fn remove_others(&mut self) -> Result<(), String> {
-        let Some(remove) = self.remove_others.as_mut().filter(|_| self.backend.is_whole()) else {
-            return Ok(());
-        };
+        let Some(remove) = &mut self.remove_others else { return Ok(()) };
+        if !self.backend.is_whole() {
+            // They still serve the other family. Not for ever: nobody keeps them up to date, and they
+            // translate for this one too.
+            let since = *self.others_kept_since.get_or_insert_with(Instant::now);
+            if since.elapsed() < KEEP_OTHERS {
+                let text = "a family cannot be written yet, so rules of other modes stay for it";
+                return Err(text.to_owned());
+            }
+        }
         if self.outdated {
             // They may be newer than what was programmed just now.
             return Err(

@@ -1,7 +1,7 @@
 //! What an Ack may say while something is wrong, and that one thing wrong does not hold up the rest.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lockstep_model::ServiceKey;
 use lockstep_view::ForwardingPlan;
@@ -9,6 +9,7 @@ use lockstep_wire::v1;
 
 use super::{Bench, frame, key};
 use crate::follow_up::{Complaint, ComplaintKind, FollowUp};
+use crate::reconcile::KEEP_OTHERS;
 
 #[test]
 fn a_repair_that_does_not_read_back_is_not_verified_and_holds_nobody_up() {
@@ -137,10 +138,17 @@ fn rules_of_another_mode_stay_while_a_family_is_without_ours() {
     bench.kernel.lock().in_part = true;
     bench.connect();
     assert_eq!(bench.kernel.lock().calls, ["sync", "verify"]);
-    assert_eq!((bench.last_ack().outcome(), bench.kernel.lock().others), (v1::Outcome::Verified, 7));
+    assert_eq!((bench.last_ack().outcome(), bench.kernel.lock().others), (v1::Outcome::Applied, 7));
     bench.kernel.lock().in_part = false;
-    bench.server.service(1, 2);
-    bench.update();
+    bench.tick(60_000);
+    assert_eq!((bench.last_ack().outcome(), bench.kernel.lock().others), (v1::Outcome::Verified, 0));
+    // A family that never can be must not cost the other one rules that are up to date.
+    let mut bench = Bench::new();
+    bench.server.service(1, 1);
+    bench.kernel.lock().others = 7;
+    bench.kernel.lock().in_part = true;
+    bench.reconciler.others_kept_since = Instant::now().checked_sub(KEEP_OTHERS);
+    bench.connect();
     assert_eq!(bench.kernel.lock().others, 0);
 }
 
