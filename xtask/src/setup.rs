@@ -72,6 +72,11 @@ const GUEST_NEEDS: &[Need] = &[
     Need { sign: Sign::Program("modprobe"), package: "kmod", reason: "the guest loads modules" },
     Need { sign: Sign::Program("ipvsadm"), package: "ipvsadm", reason: "tests look at virtual servers" },
     Need { sign: Sign::Program("sysctl"), package: "procps", reason: "whoever looks around in the guest" },
+    Need {
+        sign: Sign::Program("nft"),
+        package: "nftables",
+        reason: "hooks that the guest has from the start",
+    },
 ];
 
 /// A real program that tests run against, pinned by `integration/peers/go.sum`.

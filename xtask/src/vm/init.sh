@@ -14,6 +14,15 @@ for place in /dev/shm /run /tmp; do mount -t tmpfs tmpfs "$place"; done
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 # Kernels of nodes have their settings of connection tracking from the start.
 modprobe -a virtio_pci virtio_blk nf_conntrack
+# With the first hook of netfilter that comes, and with the last that goes, the kernel changes its own code on the
+# way of packets. A core that is emulated may never get past such a place while another one does that, and is
+# stuck there for ever. So there are always some, in a namespace that nothing is tested in.
+for family in ip ip6; do
+    nft add table "$family" always
+    for hook in prerouting input forward output postrouting; do
+        nft add chain "$family" always "$hook" "{ type filter hook $hook priority 0; }"
+    done
+done
 hostname guest
 ip link set lo up
 # As many open files as on other machines.
