@@ -36,13 +36,13 @@ impl ControlPlane {
     pub async fn start(arguments: &[&str]) -> Result<Self> {
         /// Others look for free ports at the same time, and may find the same ones.
         const TRIES: usize = 3;
-        let (mut tries, directory) = (1.., Directory::new("lockstep-control-plane-")?);
+        let (mut tries, directory) = (1, Directory::new("lockstep-control-plane-")?);
         let [grpc, http] = free_addresses()?;
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let mut this = Self { child: None, arguments, grpc, http, directory };
         while let Err(error) = this.restart().await {
-            let retry = this.log().contains(TAKEN) && tries.next().is_some_and(|tried| tried < TRIES);
-            ensure!(retry, error);
+            ensure!(tries < TRIES && this.log().contains(TAKEN), error);
+            tries += 1;
             fs::remove_file(this.log_path())?;
             [this.grpc, this.http] = free_addresses()?;
         }

@@ -31,7 +31,7 @@ impl Backend for Ipvs {
         Description {
             mode: "ipvs",
             version: self.version.clone(),
-            families: self.chains.iter().map(|chains| chains.tool.family).collect(),
+            families: self.families(),
             features: self.features.clone(),
             node_port_addresses: NodePortAddresses::AllLocal,
             one_pool: true,

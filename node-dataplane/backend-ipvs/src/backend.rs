@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use lockstep_kernel::ipset::Entry;
 use lockstep_kernel::ipvs::{Key, Request};
 use lockstep_kernel::{Errno, netlink};
-use lockstep_model::{Feature, ServiceKey};
+use lockstep_model::{Family, Feature, ServiceKey};
 use lockstep_view::backend::FailureKind;
 use lockstep_view::{ForwardingPlan, ServicePlan};
 use lockstep_xtables::{ToolError, Watch};
@@ -125,8 +125,12 @@ impl Ipvs {
             None => self.tables.device.others()?,
         };
         self.own = Some(own.clone());
-        let families = self.chains.iter().map(|chains| chains.tool.family).collect();
-        Ok(Terms::new(&self.options.scheduler, families, &plan.node, own))
+        Ok(Terms::new(&self.options.scheduler, self.families(), &plan.node, own))
+    }
+
+    /// Those that work here.
+    pub(crate) fn families(&self) -> Vec<Family> {
+        self.chains.iter().map(|chains| chains.tool.family).collect()
     }
 
     /// Changed Services only. Returns the objects written.

@@ -65,13 +65,7 @@ impl Holdings {
 
     /// True where another network of the same address and port has this one in it.
     pub(crate) fn covers(&self, set: Set, entry: Entry) -> bool {
-        let Entry::IpPortNet(ip, protocol, port, net) = entry else { return false };
-        self.entries.keys().any(|(other, held)| match held {
-            Entry::IpPortNet(of, by, at, wider) => {
-                *other == set && (*of, *by, *at) == (ip, protocol, port) && wider.contains(&net)
-            }
-            _ => false,
-        })
+        self.entries.keys().any(|(other, held)| *other == set && held.covers(&entry))
     }
 
     pub(crate) fn has_address(&self, ip: IpAddr) -> bool {

@@ -80,7 +80,7 @@ impl Ipvs {
     }
 
     fn sets(&self) -> Vec<Set> {
-        self.chains.iter().flat_map(|chains| Set::of_family(chains.tool.family)).collect()
+        self.families().into_iter().flat_map(Set::of_family).collect()
     }
 
     fn read_device(&mut self) -> Result<Vec<Drift>, netlink::Error> {
@@ -88,7 +88,7 @@ impl Ipvs {
         let Some(found) = self.tables.device.addresses()? else {
             return Ok(vec![Drift { object, fault: "missing".to_owned() }]);
         };
-        let families: Vec<Family> = self.chains.iter().map(|chains| chains.tool.family).collect();
+        let families = self.families();
         let ours = |ip: &IpAddr| families.contains(&Family::of(*ip));
         let found: BTreeSet<IpAddr> = found.into_iter().filter(ours).collect();
         let wanted: BTreeSet<IpAddr> = self.tables.holdings.addresses().into_iter().collect();

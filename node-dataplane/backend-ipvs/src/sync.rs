@@ -46,7 +46,7 @@ impl Ipvs {
         self.tables.holdings = Holdings::default();
         self.tables.drains.restart();
         let mut objects = usize::from(self.tables.device.ensure()?);
-        let families: Vec<Family> = self.chains.iter().map(|chains| chains.tool.family).collect();
+        let families = self.families();
         objects += self.tables.make_sets(families.iter().copied().flat_map(Set::of_family))?;
         let mut terms = self.terms_now(plan)?;
         let taken = plan.services.values().flat_map(|service| terms.takes(service)).collect();

@@ -252,8 +252,10 @@ impl<N: Netfilter> Nftables<N> {
         match self.netfilter.commit(self.batch.finish()) {
             Ok(()) => {
                 self.generation = self.generation.map(next_generation);
-                // At once: what is not heard until then counts as changes to our tables.
-                self.netfilter.listen(true).map_err(|error| Fault::Whole(error.into()))
+                // At once: what is not heard until then counts as changes to our tables. Where it cannot,
+                // the transaction is made all the same, and the next look tries again.
+                let _ = self.netfilter.listen(true);
+                Ok(())
             }
             Err(CommitError::Link(error)) => Err(Fault::Whole(error.into())),
             Err(CommitError::Refused(refusals)) => {

@@ -145,8 +145,7 @@ impl SetId {
 
     /// True for those.
     pub(crate) fn is_affine(self) -> bool {
-        let pools = |via| [Pool::Cluster, Pool::Local].map(|pool| Self::affine_endpoints(via, pool));
-        [Via::Address, Via::NodePort].into_iter().flat_map(pools).any(|affine| affine == self)
+        self.has_endpoints() && self.key().contains(&Field::Serial)
     }
 
     /// What clients have been given, for a kind of frontend.

@@ -63,13 +63,8 @@ impl Addresses {
 
     /// False where other changes came between.
     fn dump(&mut self, found: &mut Vec<IpAddr>) -> Result<bool, Error> {
-        let dumped =
-            self.requests.dump("list addresses", &request(), &mut |message| found.extend(address(&message)));
-        if dumped.is_err() {
-            // What is left of this dump must not be taken for answers to the next.
-            self.requests = Socket::open(libc::NETLINK_ROUTE)?;
-        }
-        Ok(dumped? == Dumped::Whole)
+        let mut each = |message: Message<'_>| found.extend(address(&message));
+        Ok(self.requests.dump("list addresses", &request(), &mut each)? == Dumped::Whole)
     }
 }
 

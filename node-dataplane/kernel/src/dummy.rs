@@ -125,22 +125,17 @@ fn is_link_local(address: IpAddr) -> bool {
 
 impl Device for Kernel {
     fn ensure(&mut self) -> Result<bool, Error> {
-        let key = format!("net/ipv6/conf/{}/disable_ipv6", self.name);
-        if self.index()?.is_some() {
-            // Where it cannot be, addresses are refused, which says so.
-            let _ = sysctl::ensure(&key, "0");
-            return Ok(false);
-        }
-        let name = &self.name;
-        let put = |out: &mut Vec<u8>, (): &(), seq| message::put_new_link(out, name, seq);
-        let refused = self.requests.request_all(&mut self.seq, &[()], put)?.pop();
-        match refused {
-            None => {
-                let _ = sysctl::ensure(&key, "0");
-                Ok(true)
+        let missing = self.index()?.is_none();
+        if missing {
+            let name = &self.name;
+            let put = |out: &mut Vec<u8>, (): &(), seq| message::put_new_link(out, name, seq);
+            if let Some((_, refusal)) = self.requests.request_all(&mut self.seq, &[()], put)?.pop() {
+                return Err(refusal.of(format!("make {}", self.name)));
             }
-            Some((_, refusal)) => Err(refusal.of(format!("make {}", self.name))),
         }
+        // Where it cannot be, addresses are refused, which says so.
+        let _ = sysctl::ensure(&format!("net/ipv6/conf/{}/disable_ipv6", self.name), "0");
+        Ok(missing)
     }
 
     fn addresses(&mut self) -> Result<Option<Vec<IpAddr>>, Error> {

@@ -77,6 +77,16 @@ impl Entry {
         }
     }
 
+    /// True for a network that has all of another one in it, for the same address and port.
+    pub fn covers(&self, other: &Entry) -> bool {
+        match (self, other) {
+            (Entry::IpPortNet(ip, by, at, wider), Entry::IpPortNet(of, protocol, port, net)) => {
+                (ip, by, at) == (of, protocol, port) && wider.contains(net)
+            }
+            _ => false,
+        }
+    }
+
     /// The entries that the kernel has for it: itself without host bits, or two halves.
     fn stored(&self) -> impl Iterator<Item = Self> {
         let (first, second) = match *self {

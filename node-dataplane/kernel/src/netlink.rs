@@ -226,6 +226,25 @@ impl Socket {
         request: &[u8],
         each: &mut dyn FnMut(Message<'_>),
     ) -> Result<Dumped, Error> {
+        let dumped = self.dump_once(what, request, each);
+        self.renewed(dumped)
+    }
+
+    /// Opens it anew, without any group, where a call failed: what is left of the answers must not be taken for
+    /// answers to the next request.
+    pub(crate) fn renewed<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
+        if matches!(result, Err(Error::Call { .. })) {
+            *self = Self::open(self.protocol)?;
+        }
+        result
+    }
+
+    fn dump_once(
+        &mut self,
+        what: &str,
+        request: &[u8],
+        each: &mut dyn FnMut(Message<'_>),
+    ) -> Result<Dumped, Error> {
         self.send(request)?;
         let mut dumped = Dumped::Whole;
         loop {

@@ -2,8 +2,8 @@
 //!
 //! nft: the generation counter, which every transaction of anybody raises, and then the
 //! kernel's messages about it: only what touches chains that concern the user counts, and in those of all
-//! only rules that lead to ours. Where messages were lost everything counts. legacy: size and number of entries of each table and the extent of its
-//! built-in chains, which a flush and nearly every edit changes. The kernel counts no changes there and
+//! only rules that lead to ours. Where messages were lost everything counts. legacy: size and number of
+//! entries of each table and the extent of its built-in chains, which a flush and nearly every edit changes. The kernel counts no changes there and
 //! sends no messages. An edit within other chains that keeps size and number is found by the audit.
 
 use lockstep_kernel::netlink::attr::Attributes;

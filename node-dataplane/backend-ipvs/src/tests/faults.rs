@@ -84,6 +84,7 @@ fn comparing_everything_gives_nobody_more_time() {
     let without = plan([simple("web", VIP, &[B])]);
     apply(&mut backend, &without, &["web"]);
     let now = Instant::now();
+    // So that time which begins anew would end later than the time that there was.
     std::thread::sleep(Duration::from_millis(20));
     sync(&mut backend, &without);
     assert_eq!(kernel.weights(key(VIP, 80)), [0, 1]);

@@ -106,14 +106,8 @@ impl Set {
 impl Set {
     /// True for a single address that a network has in it: for the kernel it is there.
     fn covers(&self, entry: &Entry) -> bool {
-        let Entry::IpPortNet(ip, protocol, port, net) = entry else { return false };
-        let wider = |held: &Entry| match held {
-            Entry::IpPortNet(of, by, at, wider) => {
-                (of, by, at) == (ip, protocol, port) && wider.contains(net)
-            }
-            _ => false,
-        };
-        net.prefix_len() == net.max_prefix_len() && self.entries.iter().any(wider)
+        let Entry::IpPortNet(.., net) = entry else { return false };
+        net.prefix_len() == net.max_prefix_len() && self.entries.iter().any(|held| held.covers(entry))
     }
 }
 

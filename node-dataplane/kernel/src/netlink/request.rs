@@ -129,16 +129,9 @@ impl Socket {
             *seq = seq.wrapping_add(1);
             let (mut request, mut found) = (Vec::new(), Vec::new());
             put(&mut request, *seq);
-            match self.dump(what, &request, &mut |message| found.extend(read(&message))) {
-                Ok(Dumped::Whole) => return Ok(found),
-                Ok(Dumped::Interrupted) => {}
-                Err(error) => {
-                    // What is left of this dump must not be taken for answers to the next.
-                    if matches!(error, Error::Call { .. }) {
-                        *self = Self::open(self.protocol)?;
-                    }
-                    return Err(error);
-                }
+            match self.dump(what, &request, &mut |message| found.extend(read(&message)))? {
+                Dumped::Whole => return Ok(found),
+                Dumped::Interrupted => {}
             }
         }
         Err(Error::Interrupted { request: what.to_owned(), times: DUMPS })

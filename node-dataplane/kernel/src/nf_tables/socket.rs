@@ -21,14 +21,6 @@ impl Kernel {
         Ok(Self { socket, changes, listening: false })
     }
 
-    /// After a call that failed: answers that are still to come must not be taken for answers to the next.
-    fn renewed<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
-        if matches!(result, Err(Error::Call { .. })) {
-            self.socket = Socket::open(libc::NETLINK_NETFILTER)?;
-        }
-        result
-    }
-
     fn answers(
         &mut self,
         requests: &[u8],
@@ -72,13 +64,12 @@ impl Netfilter for Kernel {
     }
 
     fn dump(&mut self, request: &[u8], each: &mut dyn FnMut(Message<'_>)) -> Result<Dumped, Error> {
-        let dumped = self.socket.dump("dump", request, each);
-        self.renewed(dumped)
+        self.socket.dump("dump", request, each)
     }
 
     fn ask(&mut self, requests: &[u8], count: usize, each: &mut dyn FnMut(Message<'_>)) -> Result<(), Error> {
         let answered = self.answers(requests, count, each);
-        self.renewed(answered)
+        self.socket.renewed(answered)
     }
 
     fn listen(&mut self, on: bool) -> Result<(), Error> {
